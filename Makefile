@@ -1,0 +1,74 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+# Further options for pip, e.g. PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+PIP_ARGS ?=
+# Test processes; two suit two cores.
+JOBS ?= 2
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
+STAMP := .venv/.installed
+PROTOS := $(wildcard protos/fedlink/v1/*.proto)
+PROTOC := $(BIN)/python -m grpc_tools.protoc -I protos
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## Create .venv with the pinned dependencies
+
+$(STAMP): pyproject.toml deploy/constraints.txt
+	@echo "installing into .venv ..."
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with PYTHON=...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1'
+	@$(PIP) -c deploy/constraints.txt "$$(grep '^torch==' deploy/constraints.txt)"
+	@$(PIP) -c deploy/constraints.txt -e '.[server,client,demo]' --group dev
+	@touch $@
+
+demo: $(STAMP) ## Four hospitals train one model: server, four daemons, comparison, plot
+	@$(BIN)/python examples/heart/demo.py .demo/heart
+
+test: $(STAMP) ## Run every test (under 10 minutes on 2 cores)
+	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup
+
+check: $(STAMP) ## Lint, format, types, import rules, protocol, generated code (under a minute)
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/lint-imports > .venv/imports.log || { cat .venv/imports.log; exit 1; }
+	@cd protos && ../$(BIN)/buf lint && ../$(BIN)/buf format --diff --exit-code
+	@cd protos && ../$(BIN)/buf breaking --against baseline.binpb
+	@$(MAKE) --no-print-directory check-protos
+	@$(BIN)/mypy
+	@echo "all checks passed"
+
+check-protos: $(STAMP) ## Fail if the generated code is not what the .proto files give
+	@rm -rf .venv/protos && mkdir .venv/protos
+	@$(MAKE) --no-print-directory generate OUT=.venv/protos
+	@for f in protos/fedlink/v1/*_pb2*; do cmp "$$f" ".venv/protos/fedlink/v1/$$(basename $$f)" || \
+		{ echo "$$f is stale: run make protos"; exit 1; }; done
+	@test "$$(ls .venv/protos/fedlink/v1 | wc -l)" = "$$(ls protos/fedlink/v1/*_pb2* | wc -l)"
+
+protos: $(STAMP) ## Write the generated code anew
+	@$(MAKE) --no-print-directory generate OUT=protos
+
+generate:
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PROTOC) --python_out=$(OUT) --grpc_python_out=$(OUT) \
+		--mypy_out=quiet:$(OUT) --mypy_grpc_out=quiet:$(OUT) $(PROTOS)
+	@rm -f $(OUT)/fedlink/v1/types_pb2_grpc.py $(OUT)/fedlink/v1/types_pb2_grpc.pyi
+
+baseline: $(STAMP) ## Take the protocol as it is for the one that must not break (at a release)
+	@cd protos && ../$(BIN)/buf build -o baseline.binpb
+
+format: $(STAMP) ## Format and fix what can be fixed
+	@$(BIN)/ruff format --quiet .
+	@$(BIN)/ruff check --quiet --fix .
+	@cd protos && ../$(BIN)/buf format -w
+
+constraints: ## Pin what .venv holds now
+	@{ head -n 2 deploy/constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//'; } > .venv/pins
+	@mv .venv/pins deploy/constraints.txt
+
+clean: ## Remove what the demo and the tools wrote, not .venv
+	@rm -rf .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+.PHONY: help install demo test check check-protos protos generate baseline format constraints clean

@@ -1,0 +1,120 @@
+"""Heart disease in four hospitals: logistic regression on 13 features (the Fed-Heart-Disease benchmark).
+
+site.toml names the data, as `data.py` prepares it:
+
+    [workload.heart]
+    trainer = "heart:HeartDisease"
+
+    [workload.heart.data]
+    train = "cleveland-train.csv"       # or a list of files, one after the other
+    test = "cleveland-test.csv"
+    statistics = "statistics.json"      # mean and std of every feature over all hospitals' training rows
+    normalise = "shared"                # training rows by `statistics`, or "own": by their own mean and std
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedclient.trainer import Bounds, Context, Workload
+
+FEATURES = 13
+"""Columns of a prepared file before the label."""
+
+
+class HeartDisease(Workload):
+    """Predicts whether a patient has heart disease."""
+
+    @dataclass(frozen=True)
+    class Settings:
+        """What a run may set."""
+
+        learning_rate: Annotated[float, Bounds(0, 10)] = 1e-2
+        batch_size: Annotated[int, Bounds(1, 1024)] = 4
+        steps: Annotated[int, Bounds(1, 100_000)] = 100
+
+    def build_model(self) -> nn.Module:
+        """A linear layer; the sigmoid is part of the loss."""
+        return nn.Linear(FEATURES, 1)
+
+    def train(self, model: nn.Module, ctx: Context) -> None:
+        """Plain SGD on batches drawn without replacement, over and over."""
+        features, labels = self.train_set
+        optimizer = torch.optim.SGD(model.parameters(), lr=ctx.settings.learning_rate)
+        generator = ctx.generator()
+        left = torch.empty(0, dtype=torch.int64)
+        for _ in ctx.steps(ctx.settings.steps):
+            if not len(left):
+                left = torch.randperm(len(labels), generator=generator)
+            batch, left = left[: ctx.settings.batch_size], left[ctx.settings.batch_size :]
+            optimizer.zero_grad()
+            loss = loss_of(model, features[batch].to(ctx.device), labels[batch].to(ctx.device))
+            loss.backward()
+            optimizer.step()
+            ctx.log(loss=loss)
+        ctx.num_examples = len(labels)
+
+    def gradient(self, model: nn.Module, ctx: Context) -> None:
+        """The gradient of the mean loss over every training row."""
+        features, labels = self.train_set
+        loss = loss_of(model, features.to(ctx.device), labels.to(ctx.device))
+        loss.backward()
+        ctx.log(loss=loss)
+        ctx.num_examples = len(labels)
+
+    def evaluate(self, model: nn.Module, ctx: Context) -> dict[str, float]:
+        """Accuracy and loss on the test rows."""
+        features, labels = (t.to(ctx.device) for t in self.test_set)
+        right = (model(features).squeeze(1) > 0) == (labels > 0)
+        ctx.num_examples = len(labels)
+        return {"accuracy": float(right.double().mean()), "loss": float(loss_of(model, features, labels))}
+
+    @cached_property
+    def train_set(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalised features and labels to train on."""
+        rows = self.rows("train")
+        if self.site.data.get("normalise", "shared") == "own":
+            return tensors(rows, rows[:, :-1].mean(axis=0), rows[:, :-1].std(axis=0, ddof=1))
+        return tensors(rows, *self.statistics)
+
+    @cached_property
+    def test_set(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalised features and labels to test on; always by the shared statistics, so that sites compare."""
+        return tensors(self.rows("test"), *self.statistics)
+
+    @cached_property
+    def statistics(self) -> tuple[Any, Any]:
+        """Mean and standard deviation of every feature, over all hospitals."""
+        table = json.loads(self.site.path("statistics").read_text(encoding="utf-8"))
+        return np.array(table["mean"]), np.array(table["std"])
+
+    def rows(self, key: str) -> Any:
+        """The rows of the file, or files, that a key of the data table names."""
+        named = self.site.data.get(key)
+        files = [self.site.path(key)] if not isinstance(named, list) else [self.site.directory / n for n in named]
+        return np.concatenate([read_rows(path) for path in files])
+
+
+def read_rows(path: Path) -> Any:
+    """A prepared file as an array: 13 features and the label in each row."""
+    return np.loadtxt(path, delimiter=",", skiprows=1, ndmin=2)
+
+
+def tensors(rows: Any, mean: Any, std: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features, normalised in float64, and labels, as float32 tensors."""
+    # One hospital measured no cholesterol: a column that never varies becomes zero.
+    features = (rows[:, :-1] - mean) / np.where(std == 0, 1, std)
+    return torch.from_numpy(features.astype(np.float32)), torch.from_numpy(rows[:, -1].astype(np.float32))
+
+
+def loss_of(model: nn.Module, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean binary cross-entropy."""
+    return nn.functional.binary_cross_entropy_with_logits(model(features).squeeze(1), labels)

@@ -1,0 +1,100 @@
+"""The command `fedclient`.
+
+Exit codes: 0 ok, 1 failed, 2 usage or configuration, 3 unreachable, 4 refused. An error is
+one sentence on stderr that says what to do, never a traceback.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import os
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import fedlink
+from fedclient.agent import Agent
+from fedclient.local_cli import init_model, train_local
+from fedclient.settings import SiteSettings, load_site
+from fedlink import command, log, rpc
+from fedlink.errors import EXIT_FAILED
+
+
+class LogLevel(enum.StrEnum):
+    """How much to log."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+app = typer.Typer(
+    name="fedclient",
+    help="The site's side of Fedlink: trains on data that never leaves this machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("train-local")(train_local)
+app.command("init-model")(init_model)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fedclient {fedlink.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def start(
+    config: Annotated[Path, typer.Option(help="The site's site.toml.")] = Path("site.toml"),
+    log_level: Annotated[LogLevel, typer.Option(help="How much to log.")] = LogLevel.INFO,
+) -> None:
+    """Serve as this site until stopped: fetch tasks, train, send updates.
+
+    The first SIGTERM or SIGINT lets uploads finish and hands other work back; the second ends at once.
+    """
+    log.setup(log_level.value)
+    rpc.tune_malloc()
+    asyncio.run(_serve(load_site(config)))
+
+
+async def _serve(site: SiteSettings) -> None:
+    agent = Agent(site)
+    signals = 0
+
+    def on_signal() -> None:
+        nonlocal signals
+        signals += 1
+        if signals > 1:
+            # Trainers see the end of their pipe and go; the journal is good at any instant.
+            os._exit(EXIT_FAILED)
+        agent.drain()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    await agent.run()
+
+
+def main() -> None:
+    """Entry point of `fedclient`."""
+    command.run(app, "fedclient")
+
+
+if __name__ == "__main__":
+    main()

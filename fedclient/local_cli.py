@@ -1,0 +1,71 @@
+"""The commands `fedclient train-local` and `fedclient init-model`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedclient import local
+from fedclient.local import LocalRun, LocalVersion
+from fedclient.settings import load_site
+from fedlink.config import load_toml
+from fedlink.run_file import RunSpec
+
+Config = Annotated[Path, typer.Option(help="The site's site.toml.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def train_local(
+    settings: Annotated[Path, typer.Option(help="The run file: rounds, seed, strategy, settings.")],
+    config: Config = Path("site.toml"),
+    model: Annotated[Path | None, typer.Option(help="Start from this .safetensors file or model directory.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the last version here.")] = None,
+    *,
+    as_json: Json = False,
+) -> None:
+    """Run a run file at this site alone, without a server.
+
+    The last line printed is `result {json}`.
+    """
+    spec = RunSpec.checked(load_toml(settings), str(settings))
+
+    def show(version: LocalVersion) -> None:
+        if not as_json:
+            typer.echo(_line(version, spec.rounds))
+
+    run = asyncio.run(local.train_local(load_site(config), spec, model=model, output=output, on_version=show))
+    text = json.dumps(_record(run))
+    typer.echo(text if as_json else f"result {text}")
+
+
+def init_model(
+    workload: Annotated[str, typer.Argument(help="A [workload.NAME] of site.toml.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The .safetensors file to write.")],
+    config: Config = Path("site.toml"),
+    seed: Annotated[int, typer.Option(help="Seeds the generators just before the model is built.", min=0)] = 0,
+    *,
+    as_json: Json = False,
+) -> None:
+    """Write the model that a workload's class builds, to start a run from."""
+    path = asyncio.run(local.init_model(load_site(config), workload, output, seed))
+    if as_json:
+        typer.echo(json.dumps({"workload": workload, "seed": seed, "path": str(path)}))
+    else:
+        typer.echo(f"{path} written; give it to the server with: fedserver model import {path}")
+
+
+def _line(version: LocalVersion, rounds: int) -> str:
+    parts = [f"version {version.version}/{rounds}"]
+    parts += [f"train {name} {value:.4f}" for name, value in sorted(version.train.items())]
+    parts += [f"{name} {value:.4f}" for name, value in sorted(version.evaluation.items())]
+    return "  ".join(parts)
+
+
+def _record(run: LocalRun) -> dict[str, object]:
+    table = asdict(run) | {"model_path": str(run.model_path) if run.model_path else None}
+    return table | {"evaluation": dict(run.versions[-1].evaluation)}

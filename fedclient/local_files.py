@@ -1,0 +1,166 @@
+"""Model directories of local training: from the user's files, from one version to the next, and back. Blocking."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from fedclient.trainer.wire import MODEL_FILE
+from fedlink.errors import FedlinkError, Reason
+from fedlink.tensors import (
+    DTYPES,
+    Role,
+    ShardWriter,
+    Stored,
+    TensorError,
+    TensorSpec,
+    apply_metadata,
+    arithmetic_dtype,
+    canonical_shards,
+    read_header,
+    read_into,
+    roles_metadata,
+    shard_name,
+    windows,
+)
+
+INDEX = "model.safetensors.index.json"
+"""What Hugging Face calls the list of a model's shards."""
+_WINDOW = 1 << 20
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """One version: a model directory as `fedclient.trainer.wire.MODEL_FILE` describes it, and what lies in it."""
+
+    directory: Path
+    shards: tuple[tuple[str, tuple[TensorSpec, ...]], ...]
+    """File names and their tensors, in canonical order."""
+    aliases: Mapping[str, str]
+
+
+def import_model(source: Path, target: Path) -> LocalModel:
+    """Make a model directory at `target` (which must not exist) in the canonical layout.
+
+    Args:
+        source: a safetensors file, or a directory with one, or with shards and their index.
+        target: where the model directory is made.
+
+    Raises:
+        FedlinkError: BAD_CONFIG: not there, or not safetensors.
+    """
+    try:
+        found, aliases = _read(_files_of(source))
+        shards = canonical_shards([stored.spec for _, stored in found.values()])
+        names = [shard_name(i, len(shards)) for i in range(len(shards))]
+        target.mkdir(parents=True)
+        for name, specs in zip(names, shards, strict=True):
+            _copy(found, specs, target / name, {})
+    except (TensorError, OSError, ValueError, KeyError) as e:
+        raise FedlinkError(Reason.BAD_CONFIG, f"{source} cannot be used as a model: {e}") from None
+    model = LocalModel(target, tuple(zip(names, map(tuple, shards), strict=True)), aliases)
+    _describe(model)
+    return model
+
+
+def next_version(model: LocalModel, files: Sequence[Path], target: Path, step: float | None) -> LocalModel:
+    """The version after `model`, at `target` (which must not exist); frozen shards are linked, not copied.
+
+    Args:
+        model: the version that was trained.
+        files: what the trainer wrote, one file for each shard that changes; they are moved or read.
+        target: where the new version goes.
+        step: None if the files hold weights; if they hold gradients, the learning rate to step with.
+    """
+    target.mkdir(parents=True)
+    written = iter(files)
+    for name, specs in model.shards:
+        if all(s.role is Role.FROZEN for s in specs):
+            (target / name).hardlink_to(model.directory / name)
+        elif step is None:
+            next(written).replace(target / name)
+        else:
+            _descend(model.directory / name, next(written), specs, target / name, step)
+    fresh = replace(model, directory=target)
+    _describe(fresh)
+    return fresh
+
+
+def export_model(model: LocalModel, path: Path) -> None:
+    """Write a version as one safetensors file, with roles and tied names in its metadata."""
+    found, _ = _read([model.directory / name for name, _ in model.shards])
+    specs = [spec for _, shard in model.shards for spec in shard]
+    ordered = sorted(specs, key=lambda s: (-DTYPES[s.dtype].bits, s.name))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    _copy(found, ordered, partial, {**model.aliases, **roles_metadata(ordered, model.aliases)})
+    partial.replace(path)
+
+
+def _files_of(source: Path) -> list[Path]:
+    if source.is_file():
+        return [source]
+    if (index := source / INDEX).is_file():
+        return [source / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
+    if (single := source / "model.safetensors").is_file():
+        return [single]
+    raise FedlinkError(
+        Reason.BAD_CONFIG, f"{source} is no .safetensors file, and no directory with model.safetensors or {INDEX}"
+    )
+
+
+def _read(paths: Sequence[Path]) -> tuple[dict[str, tuple[Path, Stored]], dict[str, str]]:
+    found: dict[str, tuple[Path, Stored]] = {}
+    aliases: dict[str, str] = {}
+    for path in paths:
+        tensors, tied = apply_metadata(read_header(path))
+        found |= {t.spec.name: (path, t) for t in tensors}
+        aliases |= tied
+    return found, aliases
+
+
+def _describe(model: LocalModel) -> None:
+    roles = {s.name: s.role.value for _, shard in model.shards for s in shard}
+    table = {"files": [name for name, _ in model.shards], "roles": roles, "aliases": dict(model.aliases)}
+    (model.directory / MODEL_FILE).write_text(json.dumps(table), encoding="utf-8")
+
+
+def _copy(
+    found: Mapping[str, tuple[Path, Stored]], specs: Sequence[TensorSpec], path: Path, metadata: Mapping[str, str]
+) -> None:
+    buffer = np.empty(_WINDOW, np.uint8)
+    with ShardWriter(path, specs, metadata) as writer:
+        for spec in specs:
+            source, stored = found[spec.name]
+            with source.open("rb") as f:
+                for first, count in windows(spec.nbytes, _WINDOW):
+                    view = buffer[:count].data
+                    read_into(f.fileno(), view, stored.offset + first)
+                    writer.write(spec.name, view, first)
+
+
+def _descend(model: Path, gradient: Path, specs: Sequence[TensorSpec], path: Path, rate: float) -> None:
+    """Step every parameter against its gradient, in float64 and rounded once; buffers are taken from the gradient."""
+    old, _ = _read([model])
+    new, _ = _read([gradient])
+    changing = [s for s in specs if s.role is not Role.FROZEN]
+    with ShardWriter(path, changing) as writer, model.open("rb") as x, gradient.open("rb") as g:
+        for spec in changing:
+            own = DTYPES[spec.dtype].bits // 8
+            _, was = old[spec.name]
+            _, now = new[spec.name]
+            step = DTYPES[now.spec.dtype].bits // 8
+            for first, count in windows(spec.elements, _WINDOW):
+                data = np.empty(count * step, np.uint8)
+                read_into(g.fileno(), data.data, now.offset + first * step)
+                if spec.is_delta:
+                    start = np.empty(count * own, np.uint8)
+                    read_into(x.fileno(), start.data, was.offset + first * own)
+                    dtype = arithmetic_dtype(spec.dtype)
+                    slope = data.view(arithmetic_dtype(now.spec.dtype)).astype(np.float64)
+                    data = (start.view(dtype).astype(np.float64) - rate * slope).astype(dtype).view(np.uint8)
+                writer.write(spec.name, data.data, first * own)

@@ -1,0 +1,300 @@
+"""What the daemon keeps on disk so that a kill at any instant loses no work.
+
+    state_dir/lock                  held while a daemon runs
+    state_dir/journal/TOKEN.json    one `Held` task each, replaced atomically
+    state_dir/tasks/TOKEN/          its model directory and its update, until it is over
+    state_dir/cache/DIGEST          downloaded blobs, least recently used first out
+
+A task is FETCHED until its update is whole on disk, TRAINED until the server gave its
+verdict, COMPLETED until the server says that the round is over. Everything here blocks;
+the daemon calls it in threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import fcntl
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from fedlink import log
+from fedlink.blobs import DIGEST_SIZE, MAX_BLOB_SIZE, BlobRef
+from fedlink.config import Config, Name
+from fedlink.errors import FedlinkError, Reason
+from fedlink.run_file import MAX_JSON_BYTES
+from fedlink.tensors import Kind
+
+MAX_TOKEN_SIZE = 64
+"""Bytes in the longest task token."""
+MAX_CACHED_FILES = 1000
+"""Files in the cache that are not needed now; tiny models would make them countless under any limit of bytes."""
+
+_DIGEST_CHARS = 2 * DIGEST_SIZE
+
+
+class _Kept(Config):
+    model_config = ConfigDict(ser_json_bytes="hex", val_json_bytes="hex")
+
+
+class Order(_Kept):
+    """A task as the server wrote it; see `fedlink.v1.Task`."""
+
+    token: bytes = Field(min_length=1, max_length=MAX_TOKEN_SIZE)
+    run: Name
+    round: int = Field(ge=0)
+    attempt: int = Field(ge=0)
+    workload: Name
+    version: int = Field(ge=0)
+    model_digest: bytes = Field(min_length=DIGEST_SIZE, max_length=DIGEST_SIZE)
+    model_size: int = Field(ge=0, le=MAX_BLOB_SIZE)
+    settings_json: str = Field(max_length=MAX_JSON_BYTES)
+    seed: int = Field(ge=0)
+    update: Kind | None = None
+    """What a training task sends: DELTA or GRADIENT. None: the task is an evaluation."""
+    update_dtype: str = ""
+    max_update_bytes: int = Field(0, ge=0)
+
+    @property
+    def model(self) -> BlobRef:
+        """The manifest of the model to start from."""
+        return BlobRef(self.model_digest, self.model_size)
+
+    @property
+    def activity(self) -> str:
+        """What it is, in a word: train or evaluate."""
+        return "evaluate" if self.update is None else "train"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.update is Kind.MODEL or (self.update is None) != (not self.update_dtype):
+            raise ValueError("the task asks for an update that is none")
+        return self
+
+
+class Outcome(_Kept):
+    """What the trainer gave for a task."""
+
+    num_examples: int = Field(ge=0, le=1 << 53)
+    steps: int = Field(ge=0)
+    metrics: Mapping[str, float]
+    """Those the site lets out."""
+    compute_seconds: float = Field(ge=0)
+    files: tuple[str, ...] = ()
+    """Names of the update's shards in the task's `update` directory, in canonical order."""
+
+    @field_validator("files")
+    @classmethod
+    def _plain_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if any("/" in name or name.startswith(".") for name in value):
+            raise ValueError("not a file name")
+        return value
+
+
+class Stage(enum.StrEnum):
+    """How far a held task is."""
+
+    FETCHED = "fetched"
+    TRAINED = "trained"
+    COMPLETED = "completed"
+
+
+class Held(_Kept):
+    """One journal entry: a task the daemon keeps anything of."""
+
+    format: Literal[1] = 1
+    order: Order
+    outcome: Outcome | None = None
+    """Set from TRAINED on."""
+    completed: bool = False
+
+    @property
+    def token(self) -> bytes:
+        """The task's token."""
+        return self.order.token
+
+    @property
+    def stage(self) -> Stage:
+        """How far it is."""
+        if self.completed:
+            return Stage.COMPLETED
+        return Stage.TRAINED if self.outcome else Stage.FETCHED
+
+    def trained(self, outcome: Outcome) -> Held:
+        """The entry once its result is on disk."""
+        return self.model_copy(update={"outcome": outcome})
+
+    def accepted(self) -> Held:
+        """The entry once the server counts its result."""
+        return self.model_copy(update={"completed": True})
+
+
+class Spool:
+    """The state directory: its lock, the journal and the directories of tasks.
+
+    Args:
+        root: made if missing, readable for its owner only.
+
+    Raises:
+        FedlinkError: FAILED: another daemon uses it; BAD_CONFIG: it cannot be made.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._journal, self._tasks = root / "journal", root / "tasks"
+        try:
+            for directory in (root, self._journal, self._tasks):
+                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as e:
+            raise FedlinkError(Reason.BAD_CONFIG, f"state_dir {root} cannot be used: {e.strerror}") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            raise FedlinkError(
+                Reason.FAILED, f"another fedclient runs with state_dir {root}: stop it, or give this site its own"
+            ) from None
+
+    def close(self) -> None:
+        """Release the lock."""
+        os.close(self._lock)
+
+    def load(self) -> list[Held]:
+        """Every held task, the oldest first; removes what belongs to none."""
+        held, logger = [], log.get("spool")
+        for path in sorted(self._journal.iterdir(), key=lambda p: p.stat().st_mtime_ns):
+            if path.suffix == ".json":
+                try:
+                    held.append(Held.model_validate_json(path.read_bytes()))
+                    continue
+                except ValidationError as e:
+                    logger.warning(
+                        "dropped a journal entry that cannot be read", file=path.name, errors=e.error_count()
+                    )
+            path.unlink()
+        known = {h.token.hex() for h in held}
+        for directory in self._tasks.iterdir():
+            if directory.name not in known:
+                shutil.rmtree(directory)
+        return held
+
+    def put(self, held: Held) -> None:
+        """Write a journal entry; it survives a power loss once this returns."""
+        path = self._journal / f"{held.token.hex()}.json"
+        temporary = path.with_suffix(".tmp")
+        with temporary.open("wb") as f:
+            f.write(held.model_dump_json().encode())
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.replace(path)
+        sync_directory(self._journal)
+
+    def drop(self, token: bytes) -> None:
+        """Forget a task and delete its files."""
+        (self._journal / f"{token.hex()}.json").unlink(missing_ok=True)
+        shutil.rmtree(self._tasks / token.hex(), ignore_errors=True)
+
+    def model_dir(self, token: bytes) -> Path:
+        """Where the trainer finds the model of a task."""
+        return self._tasks / token.hex() / "model"
+
+    def update_dir(self, token: bytes) -> Path:
+        """Where the trainer writes the update of a task."""
+        return self._tasks / token.hex() / "update"
+
+
+class BlobCache:
+    """Downloaded blobs under a limit.
+
+    What a held task needs is pinned and stays, even over the limit; the rest goes, least
+    recently used first. Pins belong to the event loop; only one thread at a time may call the rest.
+    """
+
+    def __init__(self, root: Path, limit: int) -> None:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._root, self._limit = root, limit
+        self._pins: dict[bytes, frozenset[bytes]] = {}
+
+    def path(self, digest: bytes) -> Path:
+        """Where a blob is, or would be."""
+        return self._root / digest.hex()
+
+    def pin(self, owner: bytes, digests: Iterable[bytes]) -> None:
+        """Keep these blobs until `unpin(owner)`, in place of those the owner pinned before."""
+        self._pins[owner] = frozenset(digests)
+
+    def unpin(self, owner: bytes) -> None:
+        """Let an owner's blobs go when room is needed."""
+        self._pins.pop(owner, None)
+
+    def touch(self, digest: bytes) -> bool:
+        """Mark a blob as just used; False if it is not here."""
+        try:
+            os.utime(self.path(digest))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def pinned(self) -> frozenset[bytes]:
+        """What must stay now."""
+        return frozenset[bytes]().union(*self._pins.values())
+
+    def drop(self, digests: Iterable[bytes]) -> None:
+        """Delete blobs that nothing will ask for again."""
+        for digest in digests:
+            self.path(digest).unlink(missing_ok=True)
+
+    def trim(self, pinned: frozenset[bytes], incoming: int = 0) -> None:
+        """Delete what is least recently used, and not pinned, until `incoming` more bytes fit under the limit.
+
+        Never more than `MAX_CACHED_FILES` stay, either.
+        """
+        kept = {digest.hex() for digest in pinned}
+        entries = sorted(self._entries(), key=lambda e: e[1].st_mtime_ns)
+        excess = sum(stat.st_size for _, stat in entries) + incoming - self._limit
+        too_many = len(entries) - MAX_CACHED_FILES
+        for path, stat in entries:
+            if excess <= 0 and too_many <= 0:
+                return
+            if path.name[:_DIGEST_CHARS] not in kept:
+                path.unlink()
+                excess -= stat.st_size
+                too_many -= 1
+
+    def _entries(self) -> Iterator[tuple[Path, os.stat_result]]:
+        for path in self._root.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                yield path, path.stat()
+
+
+def fresh_directory(path: Path) -> Path:
+    """Make an empty directory, in place of whatever was there."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(mode=0o700, parents=True)
+    return path
+
+
+def sync_files(paths: Iterable[Path]) -> None:
+    """Make files, and their directories' knowledge of them, survive a power loss."""
+    directories = set()
+    for path in paths:
+        with path.open("rb") as f:
+            os.fsync(f.fileno())
+        directories.add(path.parent)
+    for directory in directories:
+        sync_directory(directory)
+
+
+def sync_directory(path: Path) -> None:
+    """Make a directory's entries survive a power loss."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

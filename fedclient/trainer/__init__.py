@@ -1,0 +1,15 @@
+"""What runs in the trainer process, and the one class a data scientist writes.
+
+    from fedclient.trainer import Bounds, Context, Workload
+
+    class HeartDisease(Workload):
+        def build_model(self): ...
+        def train(self, model, ctx): ...
+        def evaluate(self, model, ctx): ...
+
+Stands on the standard library and numpy alone; torch is used where the class brings it.
+"""
+
+from fedclient.trainer.api import Bounds, Context, Site, Workload, derive_seed
+
+__all__ = ["Bounds", "Context", "Site", "Workload", "derive_seed"]

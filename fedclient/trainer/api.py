@@ -1,0 +1,227 @@
+"""What a data scientist writes against: `Workload`, and the `Context` its methods get."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import operator
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from fedclient.trainer.wire import JobKind, Progress
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_METRICS = 64
+"""Different metrics one job may log."""
+REPORT_EVERY = 0.25
+"""Seconds between two progress reports."""
+
+
+class CancelledJob(BaseException):
+    """Ends a job that the daemon no longer wants; not an Exception, so that ordinary handlers let it through."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Least and greatest value of a numeric setting: `rate: Annotated[float, Bounds(0, 1)] = 0.1`."""
+
+    minimum: float | None = None
+    maximum: float | None = None
+
+
+@dataclass(frozen=True)
+class Site:
+    """The site a workload runs at."""
+
+    name: str
+    directory: Path
+    """Where site.toml lies."""
+    data: Mapping[str, Any]
+    """`[workload.NAME.data]`, as written."""
+
+    def path(self, key: str) -> Path:
+        """The file or directory that `key` of the data table names, relative to site.toml.
+
+        Raises:
+            KeyError: the table has no such key, or it is not a path.
+        """
+        value = self.data.get(key)
+        if not isinstance(value, str):
+            raise KeyError(f"[workload.NAME.data] of site.toml needs {key} = a path")
+        return self.directory / value
+
+
+class Workload:
+    """One thing a site can train; subclass it and name it in site.toml as `module:Class`.
+
+    An instance lives as long as its process: over many rounds, or for one. Keep data on it if
+    you like, but nothing a result depends on: a warm and a fresh process must give the same
+    bits. To that end Python's, numpy's and torch's generators are seeded before `build_model`
+    (with the run's seed) and before each of the others (with `Context.seed`).
+    """
+
+    @dataclass(frozen=True)
+    class Settings:
+        """What a run may set: replace it by a frozen dataclass with defaults.
+
+        Fields are int, float, bool, str, `Literal[...]`, or `list[...]` or `tuple[..., ...]` of these;
+        numbers take limits by `Annotated[float, Bounds(0, 1)]`. A field without a default must be set by the run.
+        """
+
+    abilities: ClassVar[tuple[str, ...]] = ("train", "gradient", "evaluate")
+    """What a class may be able to do; it can do what it overrides."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+
+    def build_model(self) -> Any:
+        """Build the model: a `torch.nn.Module` on the CPU, or a dict of numpy arrays by name.
+
+        Called once in a process for each seed; the run's weights are then loaded into it, and it is moved to the
+        device. What `state_dict()` holds is the model: parameters that require no gradient are frozen and never sent.
+        Import torch at the top of the module: only then is it seeded before the first call.
+        """
+        raise NotImplementedError
+
+    def train(self, model: Any, ctx: Context) -> None:
+        """Train the model in place, looping over `ctx.steps(n)`, and set `ctx.num_examples`."""
+        raise NotImplementedError
+
+    def gradient(self, model: Any, ctx: Context) -> Mapping[str, Any] | None:
+        """Compute the gradient of the mean loss over all local examples, and set `ctx.num_examples`.
+
+        A torch model keeps it in `.grad`, where `loss.backward()` leaves it (None counts as zero); a numpy workload
+        returns a dict with an array for each parameter.
+        """
+        raise NotImplementedError
+
+    def evaluate(self, model: Any, ctx: Context) -> Mapping[str, float]:
+        """Measure the model on held-out examples, and set `ctx.num_examples`; torch tracks no gradients meanwhile."""
+        raise NotImplementedError
+
+
+class Context:
+    """What a job is, and how to report on it.
+
+    Attributes:
+        settings: an instance of the workload's `Settings`.
+        device: where a torch model lies, as torch names it: "cpu", "cuda:0", "mps".
+        seed: 63 bits that differ by run seed, site, round and kind of job.
+        client: this site's name at the server.
+        run: name of the run.
+        round: number of the round, from 1; for an evaluation, of the version.
+        version: version of the run's model that was loaded.
+        num_examples: examples used; set it before you return.
+    """
+
+    def __init__(
+        self,
+        *,
+        settings: Any,
+        device: str = "cpu",
+        seed: int = 0,
+        client: str = "",
+        run: str = "",
+        round: int = 0,  # noqa: A002 - the attribute's name
+        version: int = 0,
+        report: Callable[[Progress], None] = lambda _: None,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.settings = settings
+        self.device = device
+        self.seed = seed
+        self.client = client
+        self.run = run
+        self.round = round
+        self.version = version
+        self.num_examples: int | None = None
+        self._report = report
+        self._cancelled = cancelled
+        self._reported = -math.inf
+        self._step = 0
+        self._total = 0
+        self._metrics: dict[str, Any] = {}
+
+    def steps(self, n: int) -> Iterator[int]:
+        """Yield 0, 1, ..., n - 1: loop over it, one optimizer step (or one batch) in each pass.
+
+        It counts, reports how far the job is, and ends the job when it was cancelled. A pass that lasts longer than
+        the site's `stall_after` counts as a hang. May be used several times in a job.
+        """
+        self._total += n
+        for i in range(n):
+            self.alive()
+            yield i
+            self._step += 1
+        self.alive()
+
+    def log(self, **metrics: Any) -> None:
+        """Keep the last value of each metric: numbers, or tensors of one element, which are read only when reported.
+
+        Raises:
+            ValueError: more than 64 different names, or one longer than 64 characters.
+        """
+        for name, value in metrics.items():
+            if len(name) > 64 or (name not in self._metrics and len(self._metrics) >= MAX_METRICS):
+                raise ValueError(f"metric {name[:64]!r}: at most {MAX_METRICS} names of 64 characters may be logged")
+            self._metrics[name] = value.detach() if hasattr(value, "detach") else value
+
+    def rng(self, stream: int = 0) -> np.random.Generator:
+        """A numpy generator of this job's own; each `stream` draws differently."""
+        return np.random.default_rng([self.seed, stream])
+
+    def generator(self, stream: int = 0) -> torch.Generator:
+        """A torch generator (on the CPU) of this job's own; each `stream` draws differently."""
+        import torch  # noqa: PLC0415 - only where the workload has brought it
+
+        return torch.Generator().manual_seed(int(self.rng(stream).integers(1 << 63)))
+
+    @property
+    def step(self) -> int:
+        """Steps finished so far in this job."""
+        return self._step
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The last finite value of each metric logged."""
+        values = {name: float(value) for name, value in self._metrics.items()}
+        return {name: value for name, value in values.items() if math.isfinite(value)}
+
+    def alive(self) -> None:
+        """Say that the job goes on, where that takes long outside `steps`.
+
+        Raises:
+            CancelledJob: it shall not.
+        """
+        if self._cancelled():
+            raise CancelledJob
+        now = time.monotonic()
+        if now - self._reported >= REPORT_EVERY:
+            self._reported = now
+            self._report(Progress(self._step, self._total, self.metrics))
+
+    def counted(self) -> int:
+        """`num_examples`, checked.
+
+        Raises:
+            ValueError: the workload has not set it, or set something else than a count.
+        """
+        if self.num_examples is None:
+            raise ValueError("ctx.num_examples was not set: it weighs this site's result")
+        count = operator.index(self.num_examples)
+        if not 0 <= count <= 1 << 53:
+            raise ValueError(f"ctx.num_examples is {count}: not a count")
+        return count
+
+
+def derive_seed(seed: int, client: str, round_: int, kind: JobKind = JobKind.TRAIN) -> int:
+    """`Context.seed` of a job: 63 bits of SHA-256 over the run's seed, the site's name, the round and the kind."""
+    text = f"{seed}/{client}/{round_}/{kind.value}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

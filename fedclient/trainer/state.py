@@ -1,0 +1,186 @@
+"""A model's tensors, in and out: the seam between files and whatever `build_model` returned."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from fedclient.trainer.wire import Write
+from fedlink.tensors import (
+    DTYPES,
+    Role,
+    TensorSpec,
+    arithmetic_dtype,
+    dtype_name,
+    raw_bytes,
+    windows,
+)
+
+WINDOW = 1 << 20
+"""Elements that are converted at a time."""
+
+Start = Callable[[int, int], npt.NDArray[Any]]
+"""Reads elements `(first, count)` of a tensor's value before training, in its raw dtype."""
+
+
+class ModelMismatchError(ValueError):
+    """The model that `build_model` returned is not the one in the run's files; the message names the tensor."""
+
+
+class State(Protocol):
+    """The tensors of one built model.
+
+    Tensors are addressed by name; every window is of the flattened tensor.
+    """
+
+    def specs(self) -> tuple[list[TensorSpec], dict[str, str]]:
+        """What the model holds now, each tied tensor once, and the other names of the tied ones.
+
+        Raises:
+            ModelMismatchError: something in it is not a tensor that safetensors can hold.
+        """
+        ...
+
+    def begin(self, *, training: bool, device: str, frozen: Collection[str]) -> None:
+        """Undo what an earlier job may have left behind besides values, and make ready for the next."""
+        ...
+
+    def assign(self, spec: TensorSpec, names: Sequence[str], raw: npt.NDArray[Any]) -> None:
+        """Give a tensor its value from raw elements, and tie `names` (the first is the tensor's own)."""
+        ...
+
+    def marks(self, names: Sequence[str]) -> object:
+        """A value that is different once any of the tensors was written to, or None if that cannot be known."""
+        ...
+
+    def encoded(
+        self, spec: TensorSpec, write: Write, dtype: str, start: Start, gradient: Mapping[str, Any] | None
+    ) -> Iterator[memoryview]:
+        """The bytes of a tensor as it travels, window by window.
+
+        Args:
+            spec: the tensor in the model.
+            write: what to write if it `is_delta`; other tensors are written as values.
+            dtype: the dtype to write in.
+            start: reads the value before training.
+            gradient: what `Workload.gradient` returned.
+
+        Raises:
+            ModelMismatchError: training has changed the tensor's dtype or shape, or removed it.
+        """
+        ...
+
+    def evaluating(self) -> AbstractContextManager[object]:
+        """Holds while the model is measured."""
+        ...
+
+
+def state_of(model: object) -> State:
+    """The tensors of what `build_model` returned.
+
+    Raises:
+        ModelMismatchError: neither a torch module nor a dict of numpy arrays.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(model, torch.nn.Module):
+        from fedclient.trainer.torch_state import TorchState  # noqa: PLC0415 - imports torch
+
+        return TorchState(model)
+    if isinstance(model, dict):
+        return NumpyState(model)
+    raise ModelMismatchError(
+        f"build_model returned {type(model).__name__}; it must be a torch.nn.Module or a dict of numpy arrays"
+    )
+
+
+def check_gradient(spec: TensorSpec, shape: Sequence[int]) -> None:
+    """Refuse a gradient of another shape than its parameter.
+
+    Raises:
+        ModelMismatchError: naming the parameter.
+    """
+    if tuple(shape) != spec.shape:
+        raise ModelMismatchError(f"the gradient of {spec.name!r} has the shape {list(shape)}, not {list(spec.shape)}")
+
+
+def to_bfloat16(values: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:
+    """The bits of float32 values rounded to bfloat16 (to nearest, ties to even), by numpy alone."""
+    bits = values.view(np.uint32)
+    rounded = (bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16
+    return np.where(np.isnan(values), (bits >> 16) | 0x40, rounded).astype(np.uint16)
+
+
+class NumpyState:
+    """A dict of numpy arrays; a name whose array is replaced in training is taken as it is afterwards.
+
+    Floating arrays are parameters, all others buffers. Names of the very same array are tied.
+    """
+
+    def __init__(self, arrays: dict[str, Any]) -> None:
+        self._arrays = arrays
+
+    def specs(self) -> tuple[list[TensorSpec], dict[str, str]]:
+        """See `State`."""
+        specs, aliases, seen = [], {}, dict[int, str]()
+        for name, array in self._arrays.items():
+            if not isinstance(name, str) or not isinstance(array, np.ndarray):
+                raise ModelMismatchError(f"{name!r} of the model is {type(array).__name__}, not a numpy array")
+            if (first := seen.setdefault(id(array), name)) != name:
+                aliases[name] = first
+                continue
+            dtype = dtype_name(array.dtype)
+            role = Role.PARAMETER if DTYPES[dtype].floating else Role.BUFFER
+            specs.append(TensorSpec(name, dtype, array.shape, role))
+        return specs, aliases
+
+    def begin(self, *, training: bool, device: str, frozen: Collection[str]) -> None:
+        """Nothing to undo: `assign` replaces every array."""
+
+    def assign(self, spec: TensorSpec, names: Sequence[str], raw: npt.NDArray[Any]) -> None:
+        """See `State`."""
+        array = raw.view(arithmetic_dtype(spec.dtype)).reshape(spec.shape)
+        for name in names:
+            self._arrays[name] = array
+
+    def marks(self, names: Sequence[str]) -> object:  # noqa: ARG002 - numpy counts no writes
+        """See `State`: numpy cannot know."""
+        return None
+
+    def encoded(
+        self, spec: TensorSpec, write: Write, dtype: str, start: Start, gradient: Mapping[str, Any] | None
+    ) -> Iterator[memoryview]:
+        """See `State`."""
+        value = self._current(spec)
+        if not spec.is_delta or write is Write.WEIGHTS:
+            yield raw_bytes(value)
+            return
+        wide = np.float64 if spec.dtype == "F64" else np.float32
+        if write is Write.GRADIENT:
+            found = None if gradient is None else gradient.get(spec.name)
+            value = np.broadcast_to(wide(0), spec.shape) if found is None else np.asarray(found, wide)
+            check_gradient(spec, value.shape)
+        flat, own = value.reshape(-1), arithmetic_dtype(spec.dtype)
+        for first, count in windows(spec.elements, WINDOW):
+            part = flat[first : first + count].astype(wide)
+            if write is Write.DELTA:
+                part = np.subtract(part, start(first, count).view(own).astype(wide))
+            yield raw_bytes(to_bfloat16(part) if dtype == "BF16" else part.astype(arithmetic_dtype(dtype), copy=False))
+
+    def evaluating(self) -> AbstractContextManager[object]:
+        """See `State`."""
+        return nullcontext()
+
+    def _current(self, spec: TensorSpec) -> npt.NDArray[Any]:
+        value = np.asarray(self._arrays.get(spec.name))
+        found = value.dtype.name, value.shape
+        wanted = arithmetic_dtype(spec.dtype).name, spec.shape
+        if found != wanted:
+            raise ModelMismatchError(
+                f"after training {spec.name!r} is {found[0]} {found[1]}, it was {wanted[0]} {wanted[1]}; keep its dtype"
+            )
+        return value

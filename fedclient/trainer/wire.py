@@ -1,0 +1,206 @@
+"""What passes between the daemon and the trainer process; both ends import this file.
+
+Newline-delimited JSON over a socket pair, one object a line. The daemon sends, in order:
+
+    {"type": "start", "protocol": 1, ...Start}      once; answered by "ready" or "failed"
+    {"type": "run", ...Job}                         answered by any number of "progress", then "done" or "failed"
+    {"type": "cancel"}                              at any time; ends the job under way: "failed", reason "cancelled"
+
+and the trainer answers
+
+    {"type": "ready", ...Description}
+    {"type": "progress", "step", "total", "metrics", "memory_bytes"}
+    {"type": "done", ...Result}
+    {"type": "failed", ...Failure}
+
+At end-of-file the trainer exits at once.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+PROTOCOL = 1
+"""Version of these messages; the trainer refuses to start under another."""
+MAX_LINE = 4 << 20
+"""Bytes in the longest line either end reads."""
+MODEL_FILE = "model.json"
+"""In a model directory: `{"files": [...], "roles": {tensor: role}, "aliases": {alias: tensor}}`, files in order."""
+
+
+class FailReason(enum.StrEnum):
+    """Why a trainer gave no result; the first four are `FailTaskRequest.Reason` in lower case."""
+
+    EXCEPTION = "exception"
+    CRASHED = "crashed"
+    OUT_OF_MEMORY = "out_of_memory"
+    STALLED = "stalled"
+    CANCELLED = "cancelled"
+
+
+class JobKind(enum.StrEnum):
+    """What a job does."""
+
+    TRAIN = "train"
+    """Train and write what `Job.write` says."""
+    EVALUATE = "evaluate"
+    """Measure."""
+    INIT = "init"
+    """Build the model from the seed and write it to `model.safetensors`."""
+
+
+class Write(enum.StrEnum):
+    """What a training job writes for each parameter; buffers are written as values."""
+
+    DELTA = "delta"
+    """y - x, in `Job.update_dtype`."""
+    GRADIENT = "gradient"
+    """The gradient of the mean loss over all local examples, in `Job.update_dtype`."""
+    WEIGHTS = "weights"
+    """y, in the model's own dtype."""
+
+
+class _Message:
+    """A dataclass that goes over the pipe."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return {k: _plain(v) for k, v in asdict(self).items()}  # type: ignore[call-overload]
+
+    @classmethod
+    def from_json(cls, table: Mapping[str, Any]) -> Self:
+        """From a JSON object of the other end; keys this end doesn't know are ignored."""
+        return cls(**{k: v for k, v in table.items() if k in cls.__dataclass_fields__})  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Start(_Message):
+    """What a trainer process is for; nothing here changes during its life."""
+
+    trainer: str
+    """`module:Class`."""
+    workload: str
+    site: str
+    directory: str
+    """Where site.toml lies: searched first for the module, and the base of relative data paths."""
+    data: Mapping[str, Any]
+    """`[workload.NAME.data]`."""
+    device: str
+    """ "cpu", "cuda:0", "mps", or "auto"."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator, or the CPU."""
+
+    name: str
+    model: str = ""
+    memory_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Description(_Message):
+    """What a workload class offers."""
+
+    settings_schema: Mapping[str, Any]
+    """JSON schema in the closed subset of docs/protocol.md, before the site's limits."""
+    abilities: tuple[str, ...]
+    """Of "train", "gradient", "evaluate"."""
+    devices: tuple[Device, ...]
+    """The device `[devices]` resolves to for this trainer, first; then the others its Python sees."""
+
+    def __post_init__(self) -> None:
+        """Rebuild the typed values that JSON has no room for."""
+        object.__setattr__(self, "abilities", tuple(self.abilities))
+        devices = tuple(d if isinstance(d, Device) else Device(**d) for d in self.devices)
+        object.__setattr__(self, "devices", devices)
+
+
+@dataclass(frozen=True)
+class Job(_Message):
+    """One piece of work for a trainer."""
+
+    kind: JobKind
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What the run sets; the rest are the class's defaults."""
+    seed: int = 0
+    """The run's seed; what the trainer draws from is derived from it, `client`, `round` and `kind`."""
+    client: str = ""
+    run: str = ""
+    round: int = 0
+    version: int = 0
+    model_dir: Path | None = None
+    """Holds the model's shards and `MODEL_FILE`; not changed."""
+    model_key: str = ""
+    """Names the model's content: evaluating it twice in a row loads it once. Empty: always load."""
+    out_dir: Path | None = None
+    """Where files are written; exists and is empty."""
+    write: Write = Write.DELTA
+    update_dtype: str = "F32"
+    """safetensors name of the dtype for deltas and gradients; F64 parameters travel as F64."""
+
+    def __post_init__(self) -> None:
+        """Rebuild the typed values that JSON has no room for."""
+        object.__setattr__(self, "kind", JobKind(self.kind))
+        object.__setattr__(self, "write", Write(self.write))
+        for name in ("model_dir", "out_dir"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else Path(value))
+
+
+@dataclass(frozen=True)
+class Progress(_Message):
+    """How far a job is."""
+
+    step: int
+    total: int
+    """0 if the trainer has not said."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """The last value of each metric logged so far."""
+    memory_bytes: int = 0
+    """Peak resident memory of the process."""
+
+
+@dataclass(frozen=True)
+class Result(_Message):
+    """What a job gave."""
+
+    num_examples: int
+    steps: int
+    metrics: Mapping[str, float]
+    compute_seconds: float
+    """Wall time of the user's code alone."""
+    files: tuple[Path, ...] = ()
+    """The files written into `Job.out_dir`, in the order of the model's shards."""
+
+    def __post_init__(self) -> None:
+        """Rebuild the typed values that JSON has no room for."""
+        object.__setattr__(self, "files", tuple(Path(f) for f in self.files))
+
+
+@dataclass(frozen=True)
+class Failure(_Message):
+    """Why a job, or the start, gave nothing."""
+
+    reason: FailReason
+    exception_class: str = ""
+    step: int = 0
+    memory_bytes: int = 0
+    text: str = ""
+    """The exception's message; may quote the site's data, so it leaves the site only where that is allowed."""
+
+    def __post_init__(self) -> None:
+        """Rebuild the typed values that JSON has no room for."""
+        object.__setattr__(self, "reason", FailReason(self.reason))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    return value

@@ -1,0 +1,261 @@
+"""The trainer process: `python -m fedclient.trainer.worker FD`.
+
+    load the class ── "ready" ──▶ wait for a job ──▶ build (once) · load · seed · user's code · write ── "done" ──┐
+                                        ▲                                                                        │
+                                        └────────────────────────────────────────────────────────────────────────┘
+
+FD is one end of a socket pair (`fedclient.trainer.wire` says what goes over it). Tracebacks
+and whatever the user's code prints go to stderr and stdout, which are the site's log.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import random
+import sys
+import time
+import traceback
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedclient.trainer.api import CancelledJob, Context, Site, Workload, derive_seed
+from fedclient.trainer.files import Loader, ModelDirectory, write_model, write_update
+from fedclient.trainer.memory import is_out_of_memory, peak_memory
+from fedclient.trainer.pipe import Pipe
+from fedclient.trainer.schema import parse_settings, settings_schema
+from fedclient.trainer.state import State, state_of
+from fedclient.trainer.wire import (
+    PROTOCOL,
+    Description,
+    Device,
+    FailReason,
+    Failure,
+    Job,
+    JobKind,
+    Progress,
+    Result,
+    Start,
+    Write,
+)
+
+_MAX_TEXT = 4000
+
+
+class WorkloadError(Exception):
+    """The class named in site.toml cannot be used, or not for this job; the message says why."""
+
+
+class Worker:
+    """One workload's jobs, one after the other, on one device.
+
+    The model is built once for each seed and kept; every job finds it as a fresh process would.
+    """
+
+    def __init__(self, start: Start, pipe: Pipe) -> None:
+        self._pipe = pipe
+        self._wanted_device = start.device
+        self._class = find_class(start.trainer, Path(start.directory))
+        self._schema = settings_schema(self._class.Settings)
+        self._workload = self._class(Site(start.site, Path(start.directory), start.data))
+        self._context = Context(settings=None)
+        self._model: tuple[int, Any, State, Loader] | None = None
+
+    def description(self) -> Description:
+        """What the class offers."""
+        return Description(self._schema, abilities(self._class), _devices(self._wanted_device))
+
+    def run(self, job: Job) -> Result | Failure:
+        """Do one job; whatever the user's code raises becomes a Failure."""
+        try:
+            return self._run(job)
+        except CancelledJob:
+            failure = Failure(FailReason.CANCELLED, step=self._context.step)
+        except BaseException as error:  # noqa: BLE001 - sys.exit() in user code is a failure like any other
+            traceback.print_exc()
+            failure = failure_of(error, self._context.step)
+        # What failed half-way may be in any state: the next job builds anew.
+        self._drop_model()
+        return replace(failure, memory_bytes=peak_memory())
+
+    def _run(self, job: Job) -> Result:
+        self._context = Context(settings=None)
+        if job.kind is JobKind.INIT:
+            return self._init(job)
+        if job.model_dir is None:
+            raise WorkloadError(f"a job to {job.kind.value} needs the model's directory")
+        directory = ModelDirectory.read(job.model_dir)
+        # Before the device is resolved: a class may import torch only here.
+        model, state, loader = self._built(job.seed)
+        self._context = ctx = self._new_context(job)
+        frozen = {s.name for s in directory.specs.values() if s.role.value == "frozen"}
+        state.begin(training=job.kind is JobKind.TRAIN, device=ctx.device, frozen=frozen)
+        loader.load(directory, job.model_key, ctx.alive)
+        seed_everything(ctx.seed)
+        began = time.monotonic()
+        gradient = self._compute(job, model, state, loader)
+        seconds = time.monotonic() - began
+        examples, files = ctx.counted(), tuple[Path, ...]()
+        if job.kind is JobKind.TRAIN:
+            files = write_update(
+                state,
+                directory,
+                _out_dir(job),
+                write=job.write,
+                update_dtype=job.update_dtype,
+                gradient=gradient,
+                alive=ctx.alive,
+            )
+        return Result(examples, ctx.step, ctx.metrics, seconds, files)
+
+    def _compute(self, job: Job, model: Any, state: State, loader: Loader) -> Any:
+        ctx = self._context
+        ability = "evaluate" if job.kind is JobKind.EVALUATE else "gradient" if job.write is Write.GRADIENT else "train"
+        if ability not in abilities(self._class):
+            raise WorkloadError(f"{self._class.__name__} has no method {ability!r}")
+        if ability == "evaluate":
+            with state.evaluating():
+                ctx.log(**self._workload.evaluate(model, ctx))
+            return None
+        loader.forget()
+        if ability == "gradient":
+            return self._workload.gradient(model, ctx)
+        self._workload.train(model, ctx)
+        return None
+
+    def _init(self, job: Job) -> Result:
+        path = _out_dir(job) / "model.safetensors"
+        self._drop_model()
+        _, state, _ = self._built(job.seed)
+        write_model(state, path)
+        return Result(0, 0, {}, 0.0, (path,))
+
+    def _built(self, seed: int) -> tuple[Any, State, Loader]:
+        if self._model is None or self._model[0] != seed:
+            self._drop_model()
+            seed_everything(seed)
+            model = self._workload.build_model()
+            state = state_of(model)
+            self._model = seed, model, state, Loader(state)
+        return self._model[1:]
+
+    def _drop_model(self) -> None:
+        self._model = None
+        gc.collect()
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+    def _new_context(self, job: Job) -> Context:
+        return Context(
+            settings=parse_settings(self._class.Settings, job.settings),
+            device=_resolve(self._wanted_device),
+            seed=derive_seed(job.seed, job.client, job.round, job.kind),
+            client=job.client,
+            run=job.run,
+            round=job.round,
+            version=job.version,
+            report=self._report,
+            cancelled=self._pipe.cancelled,
+        )
+
+    def _report(self, progress: Progress) -> None:
+        self._pipe.send("progress", replace(progress, memory_bytes=peak_memory()).to_json())
+
+
+def check_protocol(version: int) -> None:
+    """Refuse a daemon of another version.
+
+    Raises:
+        WorkloadError: it speaks another protocol than this file's.
+    """
+    if version != PROTOCOL:
+        raise WorkloadError(f"the daemon speaks pipe protocol {version}, this trainer {PROTOCOL}; restart the daemon")
+
+
+def find_class(trainer: str, directory: Path) -> type[Workload]:
+    """Import `module:Class`, looked up in `directory` first, then among the installed packages.
+
+    Raises:
+        WorkloadError: there is no such class, or it is no usable Workload.
+        Exception: whatever importing the module raises.
+    """
+    sys.path.insert(0, str(directory))
+    module, _, name = trainer.partition(":")
+    found = getattr(importlib.import_module(module), name, None)
+    if not isinstance(found, type) or not issubclass(found, Workload):
+        raise WorkloadError(f"{trainer}: there is no class {name} in it that derives from fedclient.trainer.Workload")
+    if found.build_model is Workload.build_model or not abilities(found):
+        raise WorkloadError(f"{trainer}: it needs build_model and at least one of {', '.join(Workload.abilities)}")
+    return found
+
+
+def abilities(found: type[Workload]) -> tuple[str, ...]:
+    """Which of "train", "gradient", "evaluate" a class implements."""
+    return tuple(name for name in Workload.abilities if getattr(found, name) is not getattr(Workload, name))
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, numpy's and (where it is loaded) torch's global generators."""
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))  # noqa: NPY002 - user code may draw from the global one
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.manual_seed(seed)
+
+
+def failure_of(error: BaseException, step: int) -> Failure:
+    """What is reported of an exception."""
+    reason = FailReason.OUT_OF_MEMORY if is_out_of_memory(error) else FailReason.EXCEPTION
+    return Failure(reason, type(error).__name__, step, peak_memory(), str(error)[:_MAX_TEXT])
+
+
+def _out_dir(job: Job) -> Path:
+    if job.out_dir is None:
+        raise WorkloadError(f"a job to {job.kind.value} needs a directory for the result")
+    return job.out_dir
+
+
+def _resolve(device: str) -> str:
+    if device != "auto":
+        return device
+    if "torch" not in sys.modules:
+        return "cpu"
+    from fedclient.trainer.torch_state import best_device  # noqa: PLC0415 - imports torch
+
+    return best_device()
+
+
+def _devices(wanted: str) -> tuple[Device, ...]:
+    found = [Device("cpu")]
+    if "torch" in sys.modules:
+        from fedclient.trainer.torch_state import accelerators  # noqa: PLC0415 - imports torch
+
+        found += [Device(*accelerator) for accelerator in accelerators()]
+    own = _resolve(wanted)
+    first = next((d for d in found if d.name == own), Device(own))
+    return (first, *(d for d in found if d.name != own))
+
+
+def main() -> int:
+    """Serve jobs until the daemon goes; the exit code is 1 if the class could not be loaded."""
+    pipe = Pipe(int(sys.argv[1]))
+    message = pipe.receive()
+    try:
+        check_protocol(message["protocol"])
+        worker = Worker(Start.from_json(message), pipe)
+        pipe.send("ready", worker.description().to_json())
+    except BaseException as error:  # noqa: BLE001 - reported whatever it is
+        traceback.print_exc()
+        pipe.send("failed", failure_of(error, 0).to_json())
+        return 1
+    while True:
+        answer = worker.run(Job.from_json(pipe.receive()))
+        pipe.send("done" if isinstance(answer, Result) else "failed", answer.to_json())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

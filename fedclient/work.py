@@ -1,0 +1,358 @@
+"""One task from its order to the server's verdict.
+
+    FETCHED ── fetch the model, train ──▶ TRAINED ── upload, complete ──▶ COMPLETED or gone
+
+Every arrow ends with a journal entry, so that a restart begins at the last one. A device
+is held only for the first arrow. What ends a task early, and what becomes of it:
+
+    the site's terms forbid it, the trainer fails     reported, forgotten
+    the server says it is over or cancels it          forgotten
+    the daemon drains or dies                         kept, gone on with after the next start
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+from pydantic import ValidationError
+
+from fedclient.launch import FailReason, Job, JobKind, Progress, Result, TrainerFailed, Write
+from fedclient.policy import Refused, Terms
+from fedclient.session import BACKOFF, Session, TaskFailure
+from fedclient.spool import Held, Order, Outcome, Spool, Stage, fresh_directory, sync_files
+from fedclient.transfer import Encoded, Transfer, drop_model_files, encode
+from fedlink import log
+from fedlink.config import explain
+from fedlink.errors import FedlinkError, Reason
+from fedlink.tensors import Kind
+
+TASK_OVER = frozenset({Reason.TASK_NOT_FOUND, Reason.ROUND_CLOSED, Reason.TASK_COMPLETED})
+"""The server needs nothing more of a task."""
+SESSION_OVER = frozenset(
+    {
+        Reason.SESSION_REPLACED,
+        Reason.BAD_CREDENTIALS,
+        Reason.CLIENT_REVOKED,
+        Reason.CLIENT_TOO_OLD,
+        Reason.CLIENT_TOO_NEW,
+        Reason.BAD_REGISTRATION,
+    }
+)
+"""The server refuses this daemon: it stops."""
+
+_T = TypeVar("_T")
+
+
+class TrainerHandle(Protocol):
+    """What is used of `fedclient.launch.Trainer`."""
+
+    async def run(self, job: Job, on_progress: Callable[[Progress], None]) -> Result:
+        """Do one job."""
+
+    async def cancel(self) -> None:
+        """Stop the job under way."""
+
+
+GetTrainer = Callable[[], Awaitable[TrainerHandle]]
+"""Gives the trainer of a task's workload on the device the task was given."""
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What every task of a daemon works with."""
+
+    session: Session
+    spool: Spool
+    transfer: Transfer
+    disk: Executor
+    """One thread: what is written to the spool is written in the order it was asked for."""
+    rng: random.Random
+    client: str
+    """The site's name."""
+
+    async def on_disk(self, act: Callable[..., _T], *args: Any) -> _T:
+        """Do something with the spool."""
+        return await asyncio.get_running_loop().run_in_executor(self.disk, partial(act, *args))
+
+
+@dataclass
+class Status:
+    """How far a task is, for heartbeats and for draining."""
+
+    activity: str = "queued"
+    done: int = 0
+    total: int = 0
+    moved: float = 0.0
+    """Loop time of the last progress."""
+    points: dict[str, tuple[float, int]] = field(default_factory=dict)
+    """Metrics not reported yet: value and step."""
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the activity changes."""
+
+    def enter(self, activity: str) -> None:
+        """Begin an activity of `ExtendLeaseRequest.Activity`."""
+        self.activity = activity
+        self.advance(0, 0)
+        self.changed.set()
+
+    def advance(self, done: int, total: int) -> None:
+        """Note progress in steps or bytes."""
+        self.done, self.total = done, total
+        self.moved = asyncio.get_running_loop().time()
+
+
+class Work:
+    """A held task being worked on.
+
+    Attributes:
+        held: its journal entry.
+        status: how far it is.
+        gone: nothing is kept of it any more.
+    """
+
+    def __init__(self, tools: Tools, held: Held, terms: Terms | None, say_dropped: Callable[[str, str], None]) -> None:
+        self.held = held
+        self.status = Status()
+        self.gone = False
+        self._tools = tools
+        self._terms = terms
+        self._say_dropped = say_dropped
+        self._trainer: TrainerHandle | None = None
+        self._encoded: Encoded | None = None
+        self._log = log.get("task").bind(
+            client=tools.client, run=held.order.run, round=held.order.round, task=self.short_name
+        )
+
+    @property
+    def short_name(self) -> str:
+        """What logs call the task."""
+        return self.held.token.hex()[:8]
+
+    @property
+    def order(self) -> Order:
+        """What the server asked for."""
+        return self.held.order
+
+    async def compute(self, trainer: GetTrainer) -> TaskFailure | None:
+        """Bring a FETCHED task to TRAINED; answers what the server must be told if that cannot be.
+
+        Raises:
+            FedlinkError: the task or the session is over.
+        """
+        try:
+            await self._compute(trainer)
+        except Refused as e:
+            return TaskFailure("not_allowed", str(e))
+        except TrainerFailed as e:
+            if e.reason is FailReason.CANCELLED:
+                raise FedlinkError(Reason.ROUND_CLOSED, "the trainer was stopped") from None
+            self._log.error("the trainer failed", reason=e.reason.value, error=e.message, output=e.output)
+            assert self._terms is not None
+            return self._terms.report(e)
+        except ValidationError as e:
+            return TaskFailure("exception", f"the trainer gave an impossible result: {explain(e)}")
+        except (FedlinkError, OSError) as e:
+            return _unavailable(e)
+        return None
+
+    async def deliver(self) -> TaskFailure | None:
+        """Bring a TRAINED task to the server's verdict, or hand in a COMPLETED one again; answers as `compute`.
+
+        Raises:
+            FedlinkError: the task or the session is over.
+        """
+        try:
+            accepted = await self._deliver()
+        except (FedlinkError, OSError) as e:
+            return _unavailable(e)
+        if accepted and self.order.update:
+            if not self.held.completed:
+                self.held = self.held.accepted()
+                await self._tools.on_disk(self._tools.spool.put, self.held)
+        else:
+            await self.forget()
+        return None
+
+    async def fail(self, failure: TaskFailure) -> None:
+        """Tell the server that the task cannot be done, and forget it.
+
+        Raises:
+            FedlinkError: the task or the session is over.
+        """
+        self._log.error("gave the task up", reason=failure.reason, error=failure.message)
+        await self._tools.session.fail(self.held.token, failure)
+        await self.forget()
+
+    async def forget(self) -> None:
+        """Delete everything kept of the task."""
+        await self._tools.on_disk(self._tools.spool.drop, self.held.token)
+        await self._tools.transfer.let_go(self.held.token)
+        self.gone = True
+
+    def reopen(self) -> None:
+        """Treat an accepted result as not handed in: the server has lost it and asks again."""
+        self.held = self.held.model_copy(update={"completed": False})
+
+    async def stop_trainer(self) -> None:
+        """Stop the job under way, if there is one, without losing the warm process."""
+        if self._trainer:
+            await self._trainer.cancel()
+
+    async def keep_lease(self) -> str:
+        """Send heartbeats and metrics until the server says that the task is over; returns its words.
+
+        Raises:
+            FedlinkError: the session is over.
+        """
+        session, failures = self._tools.session, 0
+        await asyncio.sleep(min(1.0, session.lease_term / 3))
+        while True:
+            self.status.changed.clear()
+            try:
+                if await self._beat():
+                    return "the server cancelled it"
+                failures = 0
+            except FedlinkError as e:
+                if e.reason is Reason.TASK_COMPLETED:
+                    # The verdict is on its way to `deliver`; there is nothing left to keep alive.
+                    await asyncio.Future()
+                if e.reason in TASK_OVER:
+                    return e.message
+                if not e.reason.retryable:
+                    raise
+                failures += 1
+                await asyncio.sleep(
+                    min(BACKOFF.delay(failures, self._tools.rng, e.retry_after), session.lease_term / 3)
+                )
+                continue
+            third = session.lease_term / 3
+            await asyncio.sleep(min(1.0, third))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.status.changed.wait(), third - min(1.0, third))
+
+    async def _beat(self) -> bool:
+        status, session = self.status, self._tools.session
+        cancelled = await session.extend(self.held.token, status.activity, status.done, status.total)
+        if status.points and not cancelled:
+            points, status.points = status.points, {}
+            await session.report(self.held.token, points)
+        return cancelled
+
+    async def _compute(self, get_trainer: GetTrainer) -> None:
+        tools, order, token = self._tools, self.order, self.held.token
+        if self._terms is None:
+            raise Refused(f"this site has no workload {order.workload}")
+        settings = self._terms.accept(order)
+        model_dir, update_dir = tools.spool.model_dir(token), tools.spool.update_dir(token)
+        self.status.enter("downloading")
+        await tools.transfer.fetch(order, model_dir, self.status.advance)
+        await tools.on_disk(fresh_directory, update_dir)
+        self.status.enter("computing")
+        job = Job(
+            kind=JobKind.TRAIN if order.update else JobKind.EVALUATE,
+            settings=settings,
+            seed=order.seed,
+            client=tools.client,
+            run=order.run,
+            round=order.round,
+            version=order.version,
+            model_dir=model_dir,
+            model_key=order.model.digest.hex(),
+            out_dir=update_dir,
+            write=Write.GRADIENT if order.update is Kind.GRADIENT else Write.DELTA,
+            update_dtype=order.update_dtype or "F32",
+        )
+        self._trainer = await get_trainer()
+        try:
+            result = await self._trainer.run(job, self._note_progress)
+        finally:
+            self._trainer = None
+        self.held = self.held.trained(self._outcome(result))
+        await tools.on_disk(self._keep_result, result)
+        await tools.transfer.let_go(token)
+        self._log.info("computed", activity=order.activity, examples=result.num_examples, steps=result.steps)
+
+    def _keep_result(self, result: Result) -> None:
+        spool, token = self._tools.spool, self.held.token
+        if self.order.update:
+            model_dir = spool.model_dir(token)
+            drop_model_files(model_dir)
+            sync_files([*result.files, *model_dir.iterdir()])
+        spool.put(self.held)
+
+    def _outcome(self, result: Result) -> Outcome:
+        assert self._terms is not None
+        for name in result.metrics:
+            if not self._terms.allows_metric(name):
+                self._say_dropped(self.order.workload, name)
+        return Outcome(
+            num_examples=result.num_examples,
+            steps=result.steps,
+            metrics=self._terms.let_out(result.metrics),
+            compute_seconds=result.compute_seconds,
+            files=tuple(f.name for f in result.files),
+        )
+
+    def _note_progress(self, progress: Progress) -> None:
+        self.status.advance(progress.step, progress.total)
+        if self._terms:
+            for name, value in self._terms.let_out(progress.metrics).items():
+                self.status.points[name] = (value, progress.step)
+
+    async def _deliver(self) -> bool:
+        tools, token, outcome = self._tools, self.held.token, self.held.outcome
+        assert outcome is not None
+        self.status.enter("uploading")
+        if self.order.update and self._encoded is None:
+            directories = tools.spool.model_dir(token), tools.spool.update_dir(token)
+            self._encoded = await asyncio.to_thread(encode, self.order, *directories, outcome.files)
+        if self._encoded and self.held.stage is Stage.TRAINED:
+            with _already_completed():
+                await tools.transfer.send(token, self._encoded, self.status.advance)
+        update = self._encoded.manifest.ref if self._encoded else None
+        attempts = 0
+        while True:
+            try:
+                verdict = await tools.session.complete(token, outcome, update)
+            except FedlinkError as e:
+                if e.reason is not Reason.BLOB_MISSING or self._encoded is None:
+                    raise
+                self._log.warning("the server asks for the update again", error=e.message)
+                await tools.transfer.send(token, self._encoded, self.status.advance)
+                verdict = None
+            self.status.advance(self.status.done, self.status.total)
+            if verdict and verdict.accepted is not None:
+                break
+            attempts += 1
+            await asyncio.sleep(BACKOFF.delay(attempts, tools.rng))
+        if verdict.accepted:
+            self._log.info("accepted", activity=self.order.activity)
+        else:
+            self._log.error("refused", reason=verdict.reason, tensor=verdict.tensor, error=verdict.message)
+        return verdict.accepted
+
+
+@contextlib.contextmanager
+def _already_completed() -> Iterator[None]:
+    """Pass over the answer that the result was handed in, by an earlier life: CompleteTask knows the verdict."""
+    try:
+        yield
+    except FedlinkError as e:
+        if e.reason is not Reason.TASK_COMPLETED:
+            raise
+
+
+def _unavailable(error: FedlinkError | OSError) -> TaskFailure:
+    if isinstance(error, OSError):
+        return TaskFailure("unavailable", f"the site's disk: {error.strerror}", retryable=True)
+    if error.reason in TASK_OVER | SESSION_OVER:
+        raise error
+    passing = error.reason.retryable or error.reason in (Reason.BLOB_CORRUPT, Reason.BLOB_NOT_FOUND)
+    return TaskFailure("unavailable", error.message, retryable=passing)

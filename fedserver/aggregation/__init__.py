@@ -1,0 +1,6 @@
+"""How a round's updates become the next version, out of core.
+
+check.check_update   one update against the model it belongs to, when its last byte has arrived
+presets.pipeline_for the run file's strategy as a pipeline: reducer, then server optimizer
+fold.aggregate       the pass over all updates, window by window, into the files of the next version
+"""

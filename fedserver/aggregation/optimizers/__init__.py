@@ -1,0 +1,1 @@
+"""Rules by which the reduced update moves the model; one rule a file."""

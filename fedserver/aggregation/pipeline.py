@@ -1,0 +1,93 @@
+"""What aggregation works on, and the two replaceable stages of the server's half of the pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from fedlink.manifest import FileEntry, Manifest
+from fedlink.tensors import Kind
+
+Window = npt.NDArray[np.float64]
+"""A run of consecutive elements of one tensor, one-dimensional, in float64."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model (or a float32 master) on local disk."""
+
+    manifest: Manifest
+    files: Sequence[Path]
+    """Where each of `manifest.files` lies, in the same order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """One client's accepted update: it has passed `check_update`."""
+
+    client: str
+    num_examples: int
+    """Weight of the update; 0 or more."""
+    manifest: Manifest
+    files: Sequence[Path]
+    """Where each of `manifest.files` lies, in the same order."""
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenFile:
+    """A shard that was written here: what `BlobStore.adopt` takes, and its name in the manifest."""
+
+    entry: FileEntry
+    path: Path
+    chunk_digests: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class NewVersion:
+    """The next version of a model. Nothing is synced yet."""
+
+    model: Manifest
+    master: Manifest | None
+    """The float32 values of parameters narrower than 32 bits; None if the model has none."""
+    files: tuple[WrittenFile, ...]
+    """Every file of `model` and `master` but the frozen shards, which the blob store already has by their digests."""
+
+
+class Reducer(Protocol):
+    """Makes one update out of many, element by element."""
+
+    def reduce(self, updates: Iterable[tuple[int, Window]], out: Window) -> None:
+        """Reduce one window.
+
+        Args:
+            updates: number of examples and values of each client, in client-name order; at least
+                one weight is positive. Values are lent: the next one is read into the same memory.
+            out: receives the result; its contents are undefined before.
+        """
+
+
+class ServerOptimizer(Protocol):
+    """Moves the model by the reduced update."""
+
+    def step(self, values: Window, direction: Window) -> None:
+        """Step one window of parameters, in place.
+
+        Args:
+            values: the parameters x of the current version.
+            direction: which way to go: the reduced delta, or minus the reduced gradient. May be overwritten.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """The server's half of a strategy."""
+
+    kind: Kind
+    """What the updates hold: deltas are added, gradients subtracted."""
+    reducer: Reducer
+    optimizer: ServerOptimizer

@@ -1,0 +1,1 @@
+"""Rules that make one update out of many; one rule a file."""

@@ -1,0 +1,222 @@
+"""The composition root: builds every part from the settings; nothing else constructs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+import fedlink
+from fedlink import log as logs
+from fedlink import rpc
+from fedlink.errors import FedlinkError, Reason
+from fedlink.v1 import admin_service_pb2_grpc, coordination_service_pb2_grpc
+from fedserver.runtime.board import TaskBoard
+from fedserver.runtime.completion import Completions
+from fedserver.runtime.driver import Parts
+from fedserver.runtime.engine import Engine
+from fedserver.runtime.events import EventFeed
+from fedserver.runtime.recovery import recover
+from fedserver.runtime.sites import SiteRegistry
+from fedserver.runtime.uploads import TaskBlobAccess
+from fedserver.runtime.versions import Versions
+from fedserver.services.admin import AdminServicer
+from fedserver.services.blob import BlobServicer, BulkLimits
+from fedserver.services.coordination import CoordinationServicer
+from fedserver.services.identity import SiteIdentity, operator
+from fedserver.settings import ServerSettings, admin_socket
+from fedserver.store.blobs import DirectoryBlobStore
+from fedserver.store.database import Database
+from fedserver.store.spool import Spool
+
+_GRACE_SECONDS = 3.0
+_DISK_THREADS = 8
+_SERVICES = ("fedlink.v1.AdminService", "fedlink.v1.BlobService", "fedlink.v1.CoordinationService")
+
+
+@dataclass
+class App:
+    """A running server."""
+
+    address: str
+    """HOST:PORT where sites are served."""
+    socket: Path
+    """Where operators are served."""
+
+
+async def serve(settings: ServerSettings) -> None:
+    """Run the server until SIGTERM or SIGINT.
+
+    Raises:
+        FedlinkError: BAD_CONFIG if an address is taken, or the data directory is in use or of a newer release.
+    """
+    # Models and updates are for nobody else on this machine.
+    os.umask(0o077)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with running(settings) as app:
+        logs.get("server").info(
+            "serving", sites=app.address, operators=str(app.socket), version=fedlink.__version__, pid=os.getpid()
+        )
+        await stop.wait()
+        logs.get("server").info("draining")
+
+
+@contextlib.asynccontextmanager
+async def running(settings: ServerSettings) -> AsyncIterator[App]:
+    """A server, from recovery to the last closed connection.
+
+    Raises:
+        FedlinkError: as for `serve`.
+    """
+    rpc.tune_malloc()
+    data_dir = settings.data_dir
+    _make_private(data_dir)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.enter_context(_locked(data_dir))
+        database = Database(settings.database_url)
+        stack.callback(database.close)
+        database.open()
+        executor = stack.enter_context(ThreadPoolExecutor(_DISK_THREADS, "disk"))
+        store, spool = DirectoryBlobStore(data_dir / "blobs"), Spool(data_dir / "spool")
+        await recover(database, store, spool, data_dir / "tmp")
+        parts, engine = _build(settings, database, store, spool)
+        await parts.sites.load()
+        await engine.start()
+        stack.push_async_callback(engine.close)
+
+        limits = BulkLimits(streams=settings.bulk_streams, streams_per_caller=max(1, settings.bulk_streams // 2))
+        identity = SiteIdentity(parts.sites)
+        coordination = CoordinationServicer(
+            identity=identity,
+            sites=parts.sites,
+            board=parts.board,
+            engine=engine,
+            access=parts.access,
+            completions=Completions(database, engine, parts.board, parts.access, parts.versions),
+            lease_term=settings.lease_term,
+            max_poll_wait=settings.max_poll_wait,
+        )
+        sites_server = grpc.aio.server(options=rpc.server_options())
+        coordination_service_pb2_grpc.add_CoordinationServiceServicer_to_server(coordination, sites_server)
+        BlobServicer(
+            parts.access, store, spool, identify=identity.caller, executor=executor, limits=limits
+        ).add_to_server(sites_server)
+        admin_server = grpc.aio.server(options=rpc.server_options())
+        admin = AdminServicer(
+            database=database,
+            engine=engine,
+            sites=parts.sites,
+            board=parts.board,
+            versions=parts.versions,
+            feed=parts.feed,
+        )
+        admin_service_pb2_grpc.add_AdminServiceServicer_to_server(admin, admin_server)
+        BlobServicer(parts.access, store, spool, identify=operator, executor=executor, limits=limits).add_to_server(
+            admin_server
+        )
+        reflection.enable_server_reflection((*_SERVICES[:2], reflection.SERVICE_NAME), admin_server)
+        socket = admin_socket(data_dir)
+        address = await _listen(settings, sites_server, admin_server, socket)
+        (data_dir / "address").write_text(address + "\n", encoding="ascii")
+        app = App(address, socket)
+        try:
+            yield app
+        finally:
+            coordination.draining = True
+            parts.board.wake_all()
+            await asyncio.gather(sites_server.stop(_GRACE_SECONDS), admin_server.stop(_GRACE_SECONDS))
+            socket.unlink(missing_ok=True)
+
+
+def _build(
+    settings: ServerSettings, database: Database, store: DirectoryBlobStore, spool: Spool
+) -> tuple[Parts, Engine]:
+    board = TaskBoard(database, lease_term=settings.lease_term)
+    versions = Versions(database, store, spool, settings.data_dir / "tmp")
+    access = TaskBlobAccess(database, board, versions, store, spool)
+    changed = asyncio.Event()
+    sites = SiteRegistry(database, lease_term=settings.lease_term, open_names=settings.loopback, changed=changed.set)
+    parts = Parts(database, board, sites, versions, access, EventFeed(database))
+    return parts, Engine(parts, changed)
+
+
+async def _listen(
+    settings: ServerSettings, sites_server: grpc.aio.Server, admin_server: grpc.aio.Server, socket: Path
+) -> str:
+    for server in (sites_server, admin_server):
+        servicer = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+        await servicer.set("", health_pb2.HealthCheckResponse.SERVING)
+    host, _, number = settings.listen.rpartition(":")
+    try:
+        # gRPC's core tells of a failure on stderr in its own way; tried first without it, the sentence below is all.
+        probe = await asyncio.get_running_loop().create_server(asyncio.Protocol, host.strip("[]"), int(number))
+        probe.close()
+        await probe.wait_closed()
+        port = sites_server.add_insecure_port(settings.listen)
+    except (OSError, RuntimeError):
+        port = 0
+    if port == 0:
+        raise FedlinkError(
+            Reason.BAD_CONFIG,
+            f"cannot listen on {settings.listen}: another program uses the port, or the address is not this machine's; "
+            "choose another with --listen",
+        )
+    await asyncio.to_thread(socket.unlink, missing_ok=True)
+    # Not less: other threads make directories meanwhile.
+    before = os.umask(0o077)
+    try:
+        admin_server.add_insecure_port(f"unix:{socket}")
+        await admin_server.start()
+    finally:
+        os.umask(before)
+    await sites_server.start()
+    return f"{host}:{port}"
+
+
+def _make_private(data_dir: Path) -> None:
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as e:
+        raise FedlinkError(Reason.BAD_CONFIG, f"data directory {data_dir} cannot be made: {e.strerror}") from None
+
+
+@contextlib.contextmanager
+def _locked(data_dir: Path) -> Iterator[None]:
+    """Hold the data directory; a second server would corrupt it.
+
+    Raises:
+        FedlinkError: BAD_CONFIG, saying who holds it.
+    """
+    try:
+        file = (data_dir / "lock").open("a+", encoding="ascii")
+    except OSError as e:
+        raise FedlinkError(Reason.BAD_CONFIG, f"data directory {data_dir} cannot be used: {e.strerror}") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise FedlinkError(
+                Reason.BAD_CONFIG,
+                f"data directory {data_dir} is in use by the fedserver with process id {holder}; "
+                "stop that one, or choose another with --data-dir",
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

@@ -1,0 +1,91 @@
+"""`fedserver model`: starting weights in, results out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from fedlink.v1 import admin_service_pb2 as pb
+from fedserver.cli.output import DATA_DIR, DataDir, Json, local, print_list, print_one, size, with_admin
+from fedserver.remote import Admin
+
+app = typer.Typer(no_args_is_help=True)
+
+
+@app.command("import")
+def import_model(
+    source: Annotated[Path, typer.Argument(help="A .safetensors file, or a directory of them in Hugging Face layout.")],
+    name: Annotated[str | None, typer.Option(help="Name of the model. Default: the file's or directory's.")] = None,
+    buffer: Annotated[
+        list[str] | None, typer.Option(help="Pattern of tensors that are buffers, e.g. '*.running_*'.")
+    ] = None,
+    frozen: Annotated[list[str] | None, typer.Option(help="Pattern of tensors that never change.")] = None,
+    *,
+    as_json: Json = False,
+    data_dir: DataDir = DATA_DIR,
+) -> None:
+    """Bring weights to the server; an interrupted import goes on where it was."""
+    model_name = name or source.resolve().name.removesuffix(".safetensors")
+    with _progress("sending") as progress:
+        bar = progress.add_task(model_name, total=None)
+
+        async def work(admin: Admin) -> pb.Model:
+            return await admin.import_model(
+                source,
+                model_name,
+                buffers=buffer or (),
+                frozen=frozen or (),
+                progress=lambda done, total: progress.update(bar, completed=done, total=total),
+            )
+
+        model = with_admin(data_dir, work)
+    print_one(
+        model, [("model", model.name), ("size", size(model.size)), ("tensors", str(model.tensors))], as_json=as_json
+    )
+
+
+@app.command("list")
+def list_models(*, as_json: Json = False, data_dir: DataDir = DATA_DIR) -> None:
+    """List imported models and the versions kept of every run."""
+    models = with_admin(data_dir, lambda a: a.pages(a.stub.ListModels, pb.ListModelsRequest(), "models"))
+    columns = [
+        ("model", lambda m: m.name),
+        ("size", lambda m: size(m.size)),
+        ("tensors", lambda m: str(m.tensors)),
+        ("metrics", lambda m: "  ".join(f"{k} {v:.4f}" for k, v in sorted(m.metrics.items()))),
+        ("best", lambda m: "best" if m.best else ""),
+        ("created", lambda m: local(m.created)),
+    ]
+    print_list(models, columns, as_json=as_json)
+
+
+@app.command()
+def export(
+    name: Annotated[
+        str, typer.Argument(metavar="RUN[@VERSION]", help="RUN's newest version, RUN@VERSION, or a model.")
+    ],
+    directory: Annotated[Path, typer.Argument(help="Where to write model.safetensors (or shards and their index).")],
+    *,
+    as_json: Json = False,
+    data_dir: DataDir = DATA_DIR,
+) -> None:
+    """Write a model's weights to a directory as safetensors."""
+    with _progress("fetching") as progress:
+        bar = progress.add_task(name, total=None)
+
+        async def work(admin: Admin) -> tuple[pb.Model, list[Path]]:
+            return await admin.export_model(
+                name, directory, progress=lambda done, total: progress.update(bar, completed=done, total=total)
+            )
+
+        model, files = with_admin(data_dir, work)
+    print_one(model, [("model", model.name), *(("file", str(f)) for f in files)], as_json=as_json)
+
+
+def _progress(what: str) -> Progress:
+    columns = (TextColumn(what + " {task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)

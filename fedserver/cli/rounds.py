@@ -1,0 +1,92 @@
+"""`fedserver round`: what happened in each round."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fedlink.v1 import admin_service_pb2 as pb
+from fedlink.v1 import types_pb2
+from fedserver.cli.output import DATA_DIR, DataDir, Json, enum_name, local, print_list, size, with_admin
+from fedserver.remote import Admin
+
+app = typer.Typer(no_args_is_help=True)
+
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of the run.")]
+
+
+@app.command("list")
+def list_rounds(run: RunName, *, as_json: Json = False, data_dir: DataDir = DATA_DIR) -> None:
+    """List the rounds of a run."""
+    rounds = with_admin(data_dir, lambda a: a.pages(a.stub.ListRounds, pb.ListRoundsRequest(run=run), "rounds"))
+    columns = [
+        ("round", lambda r: str(r.number)),
+        ("phase", lambda r: r.phase),
+        ("attempt", lambda r: str(r.attempt)),
+        ("updates", _updates),
+        ("metrics", lambda r: "  ".join(f"{k} {v:.4f}" for k, v in sorted(r.metrics.items()))),
+        ("down", lambda r: size(r.bytes_down)),
+        ("up", lambda r: size(r.bytes_up)),
+        ("seconds", _seconds),
+        ("opened", lambda r: local(r.opened)),
+    ]
+    print_list(rounds, columns, as_json=as_json)
+
+
+@app.command()
+def show(
+    run: RunName,
+    number: Annotated[int, typer.Argument(help="Number of the round, from 1.")],
+    *,
+    as_json: Json = False,
+    data_dir: DataDir = DATA_DIR,
+) -> None:
+    """Show one round: every task, its fate and why."""
+
+    async def work(admin: Admin) -> pb.Round:
+        found: pb.Round = (await admin.call(admin.stub.GetRound, pb.GetRoundRequest(run=run, number=number))).round
+        return found
+
+    found = with_admin(data_dir, work)
+    _show(found, as_json=as_json)
+
+
+@app.command()
+def close(run: RunName, *, as_json: Json = False, data_dir: DataDir = DATA_DIR) -> None:
+    """Close the open round now, with the updates that have arrived, if they reach the quorum."""
+
+    async def work(admin: Admin) -> pb.Round:
+        found: pb.Round = (await admin.call(admin.stub.CloseRound, pb.CloseRoundRequest(run=run))).round
+        return found
+
+    _show(with_admin(data_dir, work), as_json=as_json)
+
+
+def _show(found: pb.Round, *, as_json: bool) -> None:
+    if as_json:
+        print_list([found], [], as_json=True)
+        return
+    typer.echo(f"round {found.number} of {found.run}: {found.phase}{', ' + found.reason if found.reason else ''}")
+    columns = [
+        ("client", lambda t: t.client),
+        ("task", lambda t: t.kind),
+        ("state", lambda t: enum_name(types_pb2.TaskState.Name(t.state))),
+        ("attempt", lambda t: str(t.attempt)),
+        ("examples", lambda t: str(t.num_examples)),
+        ("steps", lambda t: str(t.steps)),
+        ("compute", lambda t: f"{t.compute_seconds:.2f} s"),
+        ("metrics", lambda t: "  ".join(f"{k} {v:.4f}" for k, v in sorted(t.metrics.items()))),
+        ("reason", lambda t: f"{t.reason} {t.message}".strip()),
+    ]
+    print_list(found.tasks, columns, as_json=False)
+
+
+def _updates(r: pb.Round) -> str:
+    train = [t for t in r.tasks if t.kind == "train"]
+    accepted = sum(t.state == types_pb2.TASK_STATE_ACCEPTED for t in train)
+    return f"{accepted} of {len({t.client for t in train})}"
+
+
+def _seconds(r: pb.Round) -> str:
+    return f"{(r.closed.ToMilliseconds() - r.opened.ToMilliseconds()) / 1000:.2f}" if r.closed.seconds else ""

@@ -1,0 +1,168 @@
+"""The values the round machine works on: a round, its tasks, events, actions."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from fedlink.run_file import Cohort
+
+
+class Phase(enum.StrEnum):
+    """Where a round stands."""
+
+    SELECT = "select"
+    COLLECT = "collect"
+    AGGREGATE = "aggregate"
+    COMMITTED = "committed"
+    FAILED = "failed"
+
+
+class TaskState(enum.StrEnum):
+    """Where a task stands; see `fedlink.v1.TaskState`, which has the same names."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    AWAY = "away"
+    CHECKING = "checking"
+    ACCEPTED = "accepted"
+    REFUSED = "refused"
+    FAILED = "failed"
+    CLOSED = "closed"
+    SUPERSEDED = "superseded"
+
+    @property
+    def final(self) -> bool:
+        """Whether a task in this state never changes again."""
+        return self in _FINAL
+
+    @property
+    def waited_for(self) -> bool:
+        """Whether a round waits for a task in this state."""
+        return self in (TaskState.PENDING, TaskState.RUNNING, TaskState.CHECKING)
+
+
+_FINAL = frozenset((TaskState.ACCEPTED, TaskState.REFUSED, TaskState.FAILED, TaskState.CLOSED, TaskState.SUPERSEDED))
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """The newest task of one site in a round."""
+
+    state: TaskState = TaskState.PENDING
+    attempt: int = 1
+
+
+@dataclass(frozen=True)
+class Round:
+    """One attempt at one round."""
+
+    run: str
+    number: int
+    attempt: int
+    policy: Cohort
+    seed: int
+    """The run's; cohorts are drawn from (seed, number, attempt)."""
+    phase: Phase = Phase.SELECT
+    tasks: Mapping[str, Entry] = field(default_factory=dict)
+    """By client name."""
+    deadline_at: float | None = None
+    """Seconds since the epoch; set when the tasks are written."""
+    reason: str = ""
+    """Why it failed."""
+
+    def count(self, *states: TaskState) -> int:
+        """Number of tasks in one of these states."""
+        return sum(1 for t in self.tasks.values() if t.state in states)
+
+    def with_task(self, client: str, entry: Entry) -> Round:
+        """The same round with one task changed."""
+        return replace(self, tasks={**self.tasks, client: entry})
+
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        """Clients whose updates count, in the order in which they are added up."""
+        return tuple(sorted(c for c, t in self.tasks.items() if t.state is TaskState.ACCEPTED))
+
+
+@dataclass(frozen=True, slots=True)
+class SitesChanged:
+    """These sites are connected and eligible now."""
+
+    eligible: frozenset[str]
+    now: float
+
+
+@dataclass(frozen=True, slots=True)
+class TaskChanged:
+    """A site's task went to another state."""
+
+    client: str
+    state: TaskState
+    now: float
+    retryable: bool = False
+    """For FAILED: another attempt may succeed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed."""
+
+    now: float
+
+
+@dataclass(frozen=True, slots=True)
+class CloseRequested:
+    """An operator closes the round with what has arrived."""
+
+    now: float
+
+
+@dataclass(frozen=True, slots=True)
+class Aggregated:
+    """The new version is written and is being committed."""
+
+
+@dataclass(frozen=True, slots=True)
+class AggregationFailed:
+    """There is no new version, and why."""
+
+    reason: str
+
+
+Event = SitesChanged | TaskChanged | Tick | CloseRequested | Aggregated | AggregationFailed
+"""What the machine is told."""
+
+
+@dataclass(frozen=True, slots=True)
+class IssueTasks:
+    """Write a task for each of these sites."""
+
+    clients: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reissue:
+    """Write a further attempt for a site whose task failed."""
+
+    client: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Aggregate:
+    """Add up the updates of these sites, in this order; every other task is closed."""
+
+    clients: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """Close every task; try the round again, or fail the run."""
+
+    reason: str
+
+
+Action = IssueTasks | Reissue | Aggregate | Fail
+"""What the machine asks for."""

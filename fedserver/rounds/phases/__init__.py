@@ -1,0 +1,1 @@
+"""One file a phase, each a function `step(round, event) -> (round, actions)`."""

@@ -1,0 +1,1 @@
+"""Leases, timers, recovery: what drives the round machine, and what services ask."""

@@ -1,0 +1,274 @@
+"""The board: every open task, its lease, and the polls that wait for one.
+
+Open tasks live in memory; the database holds each task from the moment it is written and
+again when it becomes final. What lies between (fetched, away, how far) dies with the
+process: after a restart every open task gets a full fresh term.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+
+from sqlalchemy import Connection
+
+from fedlink.errors import FedlinkError, Reason
+from fedserver.rounds.model import TaskState
+from fedserver.store.database import Database
+from fedserver.store.queries import runs as run_queries
+from fedserver.store.queries import tasks as q
+from fedserver.store.rows import RunRow, TaskRow
+
+UPDATE_LOST = "UPDATE_LOST"
+"""Reason of an open task whose accepted update was lost with the power."""
+_MAX_METRICS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What CompleteTask says; a repeat must say the same."""
+
+    update_digest: bytes
+    num_examples: int
+    steps: int
+    metrics: tuple[tuple[str, float], ...]
+    compute_seconds: float = field(compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What became of a claim."""
+
+    accepted: bool
+    reason: str = ""
+    tensor: str = ""
+    message: str = ""
+
+
+@dataclass
+class OpenTask:
+    """A task that may still change."""
+
+    row: TaskRow
+    run: RunRow
+    state: TaskState = TaskState.PENDING
+    expires: float = 0.0
+    """On the monotonic clock."""
+    fetched: bool = False
+    reopened: bool = False
+    """Its accepted update was lost with the power; the site is asked for it again."""
+    activity: str = ""
+    done: int = 0
+    total: int = 0
+    heard: float = field(default_factory=time.time)
+    since: float = field(default_factory=time.time)
+    """When it was fetched."""
+    bytes_down: int = 0
+    bytes_up: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    claim: Claim | None = None
+    check: asyncio.Task[Verdict] | None = None
+
+    def term_over(self, now: float) -> bool:
+        """Whether it is worked on, as far as is known, and its term is over; `now` is on the monotonic clock."""
+        return self.state in (TaskState.PENDING, TaskState.RUNNING) and self.expires < now
+
+    @property
+    def token(self) -> bytes:
+        """Its token."""
+        return self.row.token
+
+    @property
+    def client(self) -> str:
+        """Whose it is."""
+        return self.row.client
+
+
+class TaskBoard:
+    """Open tasks by token and by client.
+
+    Args:
+        database: where tasks that are over are looked up.
+        lease_term: seconds a task may go without a sign.
+    """
+
+    def __init__(self, database: Database, *, lease_term: float) -> None:
+        self._db = database
+        self.lease_term = lease_term
+        self._by_token: dict[bytes, OpenTask] = {}
+        self._by_client: dict[str, dict[bytes, OpenTask]] = defaultdict(dict)
+        self._news: dict[str, asyncio.Event] = defaultdict(asyncio.Event)
+        self._polls: dict[str, asyncio.Event] = {}
+
+    # --- What is on it
+
+    def add(self, run: RunRow, rows: Iterable[TaskRow], *, fresh: bool = True) -> None:
+        """Put tasks up; `fresh` ones have never been fetched, others get a full term."""
+        for row in rows:
+            task = OpenTask(row, run)
+            task.bytes_down, task.bytes_up = row.bytes_down, row.bytes_up
+            task.expires = time.monotonic() + self.lease_term
+            if not fresh:
+                task.state, task.fetched = TaskState.RUNNING, True
+                task.reopened = row.reason == UPDATE_LOST
+            self._by_token[row.token] = task
+            self._by_client[row.client][row.token] = task
+            self._news[row.client].set()
+
+    def remove(self, tasks: Iterable[OpenTask]) -> None:
+        """Take tasks down; their records are in the database."""
+        for task in tasks:
+            self._by_token.pop(task.token, None)
+            self._by_client[task.client].pop(task.token, None)
+
+    def of_run(self, run_id: int) -> list[OpenTask]:
+        """A run's open tasks."""
+        return [t for t in self._by_token.values() if t.row.run_id == run_id]
+
+    def of_client(self, client: str) -> list[OpenTask]:
+        """A site's open tasks."""
+        return list(self._by_client[client].values())
+
+    def get(self, token: bytes) -> OpenTask | None:
+        """An open task."""
+        return self._by_token.get(token)
+
+    # --- Finding a task for a call
+
+    async def open_task(self, client: str, token: bytes) -> OpenTask:
+        """The open task of a token.
+
+        Raises:
+            FedlinkError: TASK_NOT_FOUND if this client never had it or it was superseded;
+                ROUND_CLOSED or TASK_COMPLETED if it is over.
+        """
+        task = self._by_token.get(token)
+        if task is not None and task.client == client:
+            return task
+        raise ended(await self.ended_task(client, token))
+
+    async def ended_task(self, client: str, token: bytes) -> TaskRow:
+        """The record of a task that is over.
+
+        Raises:
+            FedlinkError: TASK_NOT_FOUND.
+        """
+        row = await self._db.run(lambda c: q.task_by_token(c, token)) if len(token) <= 64 else None
+        if row is None or row.client != client or row.state == TaskState.SUPERSEDED:
+            raise FedlinkError(
+                Reason.TASK_NOT_FOUND, f"client {client!r} has no such task: never issued, revoked or superseded"
+            )
+        return row
+
+    async def released(self, client: str, held: Collection[bytes]) -> list[bytes]:
+        """Those of the held tokens that a site may forget."""
+        unknown = [t for t in held if t not in self._by_client[client]]
+        if not unknown:
+            return []
+
+        def work(c: Connection) -> list[bytes]:
+            rows = {r.token: r for r in q.tasks_by_tokens(c, unknown)}
+            return [t for t in unknown if _is_over(c, client, rows.get(t))]
+
+        return await self._db.run(work)
+
+    # --- Polling
+
+    async def poll(self, client: str, held: Collection[bytes], wait: float) -> OpenTask | None:
+        """Wait for a task that the site does not hold; evaluation before training, then oldest first.
+
+        A newer poll of the same site ends this one.
+        """
+        superseded = asyncio.Event()
+        previous, self._polls[client] = self._polls.get(client), superseded
+        if previous is not None:
+            previous.set()
+        deadline = time.monotonic() + wait
+        try:
+            while not superseded.is_set():
+                self._news[client].clear()
+                waiting = [t for t in self.of_client(client) if t.token not in held or t.reopened]
+                if waiting:
+                    return self._fetch(min(waiting, key=lambda t: (t.row.kind == "train", t.row.id)))
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    break
+                await _first_of(self._news[client], superseded, wait=left)
+        finally:
+            if self._polls.get(client) is superseded:
+                del self._polls[client]
+        return None
+
+    def wake(self, client: str) -> None:
+        """End a site's poll now (its rights have changed)."""
+        if client in self._polls:
+            self._polls[client].set()
+
+    def wake_all(self) -> None:
+        """End every poll now (the server is shutting down)."""
+        for superseded in self._polls.values():
+            superseded.set()
+
+    def _fetch(self, task: OpenTask) -> OpenTask:
+        if not task.fetched:
+            task.fetched, task.since = True, time.time()
+        task.reopened = False
+        return task
+
+    # --- Leases
+
+    def extend(self, task: OpenTask) -> None:
+        """Give a task a full term from now."""
+        task.expires = time.monotonic() + self.lease_term
+        task.heard = time.time()
+
+    def lapsed(self, connected: Collection[str]) -> list[OpenTask]:
+        """Tasks to be marked AWAY: their term is over (fetched) or their site is not there (not fetched)."""
+        now = time.monotonic()
+        return [
+            t
+            for t in self._by_token.values()
+            if t.term_over(now) and (t.state is TaskState.RUNNING or t.client not in connected)
+        ]
+
+    @staticmethod
+    def note_metrics(task: OpenTask, points: Iterable[tuple[str, float]]) -> None:
+        """Keep the last value of at most 64 names."""
+        for name, value in points:
+            if name in task.metrics or len(task.metrics) < _MAX_METRICS:
+                task.metrics[name] = value
+
+
+def ended(row: TaskRow) -> FedlinkError:
+    """The error for a call on a task that is over: TASK_COMPLETED or ROUND_CLOSED."""
+    if row.state in (TaskState.ACCEPTED, TaskState.REFUSED):
+        return FedlinkError(Reason.TASK_COMPLETED, f"this task is completed ({row.state}); nothing is to be sent")
+    return closed(row)
+
+
+def closed(row: TaskRow) -> FedlinkError:
+    """The error that says that a task is over and nothing is to be sent for it."""
+    what = f"round {row.round}" if row.kind == "train" else f"evaluation of version {row.version}"
+    why = f" ({row.reason})" if row.reason else ""
+    return FedlinkError(Reason.ROUND_CLOSED, f"{what} is closed{why}; drop the task, nothing more is to be sent")
+
+
+def _is_over(c: Connection, client: str, row: TaskRow | None) -> bool:
+    if row is None or row.client != client:
+        return True
+    if row.state != TaskState.ACCEPTED or row.kind != "train":
+        return TaskState(row.state).final
+    found = run_queries.round_attempt(c, row.run_id, row.round, row.round_attempt)
+    return found is None or found.phase in ("committed", "failed")
+
+
+async def _first_of(*events: asyncio.Event, wait: float) -> None:
+    waits = [asyncio.ensure_future(e.wait()) for e in events]
+    try:
+        await asyncio.wait(waits, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for w in waits:
+            w.cancel()

@@ -1,0 +1,549 @@
+"""One run: feeds its round machine, and does what the machine asks for.
+
+Every change goes through `_lock`, so transitions are serial. A change is computed by the
+pure machine, written in one transaction (`records`), and only then shown to sites and
+watchers. A crash between any two lines leaves what the last transaction said, and
+`start` goes on from there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from sqlalchemy import Connection
+
+from fedlink import log as logs
+from fedlink.errors import FedlinkError, Reason
+from fedserver.rounds.explain import Doing, RunView, explain
+from fedserver.rounds.machine import step
+from fedserver.rounds.model import (
+    Action,
+    Aggregate,
+    Aggregated,
+    AggregationFailed,
+    CloseRequested,
+    Entry,
+    Event,
+    Fail,
+    IssueTasks,
+    Phase,
+    Reissue,
+    Round,
+    SitesChanged,
+    TaskChanged,
+    TaskState,
+    Tick,
+)
+from fedserver.rounds.selection import refusal
+from fedserver.runtime import records
+from fedserver.runtime.board import OpenTask, TaskBoard
+from fedserver.runtime.evaluations import Evaluations
+from fedserver.runtime.events import EventFeed
+from fedserver.runtime.sites import SiteRegistry
+from fedserver.runtime.uploads import TaskBlobAccess
+from fedserver.runtime.versions import StoredVersion, Versions
+from fedserver.runtime.whole import whole
+from fedserver.store.database import Database
+from fedserver.store.queries import runs as q
+from fedserver.store.queries import tasks as task_queries
+from fedserver.store.rows import RoundRow, RunRow, TaskRow
+
+P = ParamSpec("P")
+T = TypeVar("T")
+_Work = Callable[[Connection], Any]
+_TRY_AGAIN_SECONDS = 5.0
+
+
+def _serial(
+    method: Callable[Concatenate[RunDriver, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[RunDriver, P], Coroutine[Any, Any, T]]:
+    """Hold the driver's lock while a method runs, and run it to its end even if the caller goes away."""
+
+    @whole
+    @functools.wraps(method)
+    async def call(driver: RunDriver, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        async with driver._lock:  # noqa: SLF001 - the decorator is part of the class
+            return await method(driver, *args, **kwargs)
+
+    return call
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What every driver works with."""
+
+    database: Database
+    board: TaskBoard
+    sites: SiteRegistry
+    versions: Versions
+    access: TaskBlobAccess
+    feed: EventFeed
+
+
+class RunDriver:
+    """Drives one run that has not ended.
+
+    Args:
+        row: the run.
+        parts: the rest of the server.
+        ended: called with the run's id when it has ended.
+    """
+
+    def __init__(self, row: RunRow, parts: Parts, ended: Callable[[int], None]) -> None:
+        self.row = row
+        self.round: Round | None = None
+        self._spec = row.parsed
+        self._parts = parts
+        self._db = parts.database
+        self._board = parts.board
+        self._ended = ended
+        self._lock = asyncio.Lock()
+        self._aggregation: asyncio.Task[None] | None = None
+        self._tidying: set[asyncio.Task[None]] = set()
+        self._evaluations = Evaluations(row, parts.board)
+        self._failures = 0
+        self._log = logs.get("rounds").bind(run=row.name)
+
+    async def start(self, *, extended: bool = False) -> None:
+        """Go on from what the database says; called once, also for a new run.
+
+        Args:
+            extended: the run had ended and was just given more rounds: it does the next one even if the version
+                there is has reached the target.
+        """
+        async with self._lock:
+            unfinished = await self._db.run(lambda c: task_queries.versions_in_evaluation(c, self.row.id))
+            self._evaluations.restore(unfinished)
+            found = await self._db.run(lambda c: q.newest_round(c, self.row.id))
+            if found is None or found.phase in (Phase.COMMITTED, Phase.FAILED):
+                await self._go_on(whatever_the_target=extended)
+            else:
+                number, attempt = found.number, found.attempt
+                tasks = await self._db.run(lambda c: task_queries.round_tasks(c, self.row.id, number, attempt))
+                # Sites that lost the server with it get a term to come back in.
+                self.round = _restored(self.row, found, tasks, not_before=time.time() + self._board.lease_term)
+                if self.round.phase is Phase.AGGREGATE:
+                    self._begin_aggregation()
+        await self.sites_changed()
+
+    async def close(self) -> None:
+        """Stop working; nothing that is committed is lost."""
+        for task in (self._aggregation, *self._tidying):
+            if task is not None:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+
+    # --- What it is told
+
+    @_serial
+    async def sites_changed(self) -> None:
+        """Sites came, went or changed what they offer."""
+        if self.round is not None and self.round.phase is Phase.SELECT:
+            await self._try_select()
+
+    @_serial
+    async def tick(self, now: float) -> None:
+        """Time has passed."""
+        await self._apply(Tick(now))
+        await self._close_evaluations(now)
+        await self._resume()
+
+    @_serial
+    async def task_changed(self, task: OpenTask, state: TaskState) -> None:
+        """A task was fetched, left by its site, came back, or is being checked.
+
+        What was true when it was said may not be any more when its turn comes: a task that is being
+        checked stays that until its check has ended.
+        """
+        if task.check is None or state is TaskState.CHECKING:
+            await self._move(task, state)
+
+    @_serial
+    async def task_lapsed(self, task: OpenTask) -> None:
+        """A task's term was over a moment ago; if it still is, its site is away."""
+        if task.term_over(time.monotonic()):
+            await self._move(task, TaskState.AWAY)
+
+    @_serial
+    async def task_ended(
+        self, task: OpenTask, state: TaskState, values: Mapping[str, Any], *, retryable: bool = False
+    ) -> bool:
+        """A task became final; `values` are columns of its record.
+
+        Returns:
+            Whether that was recorded; if not, its round had closed before.
+        """
+        if self._board.get(task.token) is not task:
+            return False
+        if task.row.kind == "train":
+            event = TaskChanged(task.client, state, time.time(), retryable=retryable)
+            await self._apply(event, lambda c: records.end_task(c, task, state, values))
+            self._board.remove([task])
+        else:
+            await self._commit(lambda c: records.end_task(c, task, state, values))
+            self._board.remove([task])
+            await self._close_evaluations(time.time())
+        return True
+
+    @_serial
+    async def close_round(self) -> None:
+        """Close the open round with what has arrived.
+
+        Raises:
+            FedlinkError: ROUND_NOT_FOUND, BELOW_QUORUM.
+        """
+        current = self.round
+        if current is None or current.phase is not Phase.COLLECT:
+            raise FedlinkError(Reason.ROUND_NOT_FOUND, f"run {self.row.name!r} collects no updates now")
+        if len(current.accepted) < current.policy.least:
+            have = f"{len(current.accepted)} updates and its quorum is {current.policy.least}"
+            raise FedlinkError(Reason.BELOW_QUORUM, f"round {current.number} has {have}")
+        await self._apply(CloseRequested(time.time()))
+
+    @_serial
+    async def set_paused(self, *, paused: bool) -> None:
+        """Open no further round, or go on.
+
+        Raises:
+            FedlinkError: RUN_STATE.
+        """
+        if self.row.state not in ("active", "paused"):
+            raise FedlinkError(Reason.RUN_STATE, f"run {self.row.name!r} is {self.row.state}")
+        wanted = "paused" if paused else "active"
+        if self.row.state != wanted:
+            await self._set_state(wanted, "run_paused" if paused else "run_resumed")
+            await self._try_select()
+
+    @_serial
+    async def stop(self) -> None:
+        """End the run now, without a new version."""
+        if self.row.state in q.LIVE_STATES:
+            await self._end("stopped", "stopped by an operator")
+
+    @_serial
+    async def set_rounds(self, rounds: int) -> None:
+        """Change the number of rounds.
+
+        Raises:
+            FedlinkError: RUN_STATE if the run ended this instant.
+        """
+        if self.row.state not in q.LIVE_STATES:
+            raise FedlinkError(Reason.RUN_STATE, f"run {self.row.name!r} has just ended; extend it once more")
+        if rounds == self.row.rounds:
+            return
+        state = "active" if self.row.state == "finishing" and rounds > self.row.version else self.row.state
+
+        def work(c: Connection) -> None:
+            q.save_run(c, self.row.id, rounds=rounds, state=state)
+            q.add_event(c, self.row.id, "run_extended", {"rounds": rounds}, time.time())
+
+        await self._commit(work)
+        unwanted = self.round
+        if unwanted is not None and unwanted.phase is Phase.SELECT and unwanted.number > rounds:
+            reason = "the run was given fewer rounds before it began"
+            failed = replace(unwanted, phase=Phase.FAILED, reason=reason)
+            await self._commit(lambda c: records.save_round(c, self.row.id, failed))
+            self.round = None
+        if self.round is None:
+            await self._go_on()
+
+    # --- The round; from here on `_lock` is held
+
+    async def _apply(self, event: Event, *also: _Work) -> None:
+        """Feed the machine; write what changed, and `also`, in one transaction; then act."""
+        before = self.round
+        after, actions = step(before, event) if before is not None else (None, [])
+        works = list(also)
+        issued: list[TaskRow] = []
+        if before is not None and after is not None:
+            if after.phase is not before.phase:
+                works.append(lambda c: records.save_round(c, self.row.id, after))
+            works += [self._record(action, after, issued) for action in actions]
+        if works:
+            await self._commit(*works)
+        self.round = after
+        for row in issued:
+            self._show(row)
+        for action in actions:
+            await self._follow_up(action)
+
+    def _record(self, action: Action, after: Round, issued: list[TaskRow]) -> _Work:
+        """The transaction for an action. It runs on another thread, so what it needs is read here."""
+        run = self.row
+        train = [t.row.id for t in self._board.of_run(run.id) if t.row.kind == "train"]
+        match action:
+            case IssueTasks(clients=clients):
+                evaluators = self.eligible("evaluate")[0] if run.version == 0 else []
+
+                def issue(c: Connection) -> None:
+                    issued.extend(records.issue_train(c, run, after, clients, 1))
+                    issued.extend(records.issue_evaluation(c, run, 0, evaluators, []))
+
+                return issue
+            case Reissue(client=client, attempt=attempt):
+                return lambda c: issued.extend(records.issue_train(c, run, after, [client], attempt))
+            case Aggregate(clients=clients):
+                data: dict[str, Any] = {"clients": list(clients)}
+                return lambda c: records.close_tasks(c, run.id, after, train, kind="round_closed", data=data)
+            case Fail(reason=reason):
+                data = {"reason": reason}
+                return lambda c: records.close_tasks(c, run.id, after, train, kind="round_failed", data=data)
+
+    def _show(self, row: TaskRow) -> None:
+        self._board.add(self.row, [row])
+        if row.kind == "evaluate":
+            self._evaluations.opened(row.version)
+
+    async def _follow_up(self, action: Action) -> None:
+        if isinstance(action, Aggregate | Fail):
+            self._board.remove([t for t in self._board.of_run(self.row.id) if t.row.kind == "train"])
+        if isinstance(action, Aggregate):
+            self._begin_aggregation()
+        elif isinstance(action, Fail):
+            await self._after_failure(action.reason)
+
+    async def _move(self, task: OpenTask, state: TaskState) -> None:
+        if self._board.get(task.token) is task and task.state is not state:
+            task.state = state
+            if task.row.kind == "train":
+                await self._apply(TaskChanged(task.client, state, time.time()))
+            else:
+                await self._close_evaluations(time.time())
+
+    async def _after_failure(self, reason: str) -> None:
+        failed = self.round
+        assert failed is not None
+        self._failures += 1
+        self._log.warning("round failed", round=failed.number, attempt=failed.attempt, reason=reason)
+        await self._drop_updates(failed)
+        if self._failures >= failed.policy.round_attempts:
+            await self._end("failed", f"round {failed.number} failed {self._failures} times, last because {reason}")
+        else:
+            await self._open_round(failed.number)
+
+    async def _try_select(self) -> None:
+        if self.row.state == "active":
+            await self._apply(SitesChanged(frozenset(self.eligible()[0]), time.time()))
+
+    async def _open_round(self, number: int) -> None:
+        attempt = await self._db.run(lambda c: records.open_round(c, self.row.id, number))
+        self.round = Round(self.row.name, number, attempt, self._spec.cohort, self._spec.seed)
+        await self._try_select()
+
+    # --- The next version
+
+    def _begin_aggregation(self) -> None:
+        assert self.round is not None
+        self._aggregation = asyncio.create_task(self._aggregate(self.round))
+
+    async def _aggregate(self, current: Round) -> None:
+        try:
+            try:
+                await self._make_version(current)
+            except FedlinkError as e:
+                await self._aggregation_failed(current, str(e))
+            except Exception as e:  # noqa: BLE001 - whatever it is, the run must not hang
+                if self.round is current:  # otherwise the run was stopped, and its updates are gone
+                    self._log.exception("aggregation failed", round=current.number)
+                reason = f"an error in the server ({type(e).__name__}); its log has the details"
+                await self._aggregation_failed(current, reason)
+        except Exception:  # noqa: BLE001 - not even that could be written: `_resume` tries it all again
+            self._log.exception("failure not recorded", round=current.number)
+            await asyncio.sleep(_TRY_AGAIN_SECONDS)
+
+    async def _make_version(self, current: Round) -> None:
+        started = time.monotonic()
+        tasks, base = await self._db.run(lambda c: records.aggregation_inputs(c, self.row, current))
+        scratch = f"aggregate-{self.row.id}-{current.number}-{current.attempt}"
+        async with self._parts.versions.built(self.row, base, tasks, scratch) as stored, self._lock:
+            if self.round is current:
+                await self._commit_version(current, stored, tasks, time.monotonic() - started)
+        self._tidy()
+
+    async def _aggregation_failed(self, current: Round, reason: str) -> None:
+        async with self._lock:
+            if self.round is current:
+                await self._apply(AggregationFailed(reason))
+
+    async def _commit_version(
+        self, current: Round, stored: StoredVersion, tasks: Sequence[TaskRow], seconds: float
+    ) -> None:
+        after, _ = step(current, Aggregated())
+        number, run = current.number, self.row
+        evaluators, stale = self.eligible("evaluate")[0], self._evaluations.stale(number)
+        issued: list[TaskRow] = []
+
+        def work(c: Connection) -> None:
+            records.commit_version(c, run, after, stored, tasks=tasks, seconds=seconds)
+            issued.extend(records.issue_evaluation(c, run, number, evaluators, [t.row.id for t in stale]))
+
+        await self._commit(work)
+        self.round, self._failures = after, 0
+        self._log.info("committed", round=number, version=number, clients=len(tasks), seconds=round(seconds, 3))
+        self._board.remove(stale)
+        for row in issued:
+            self._show(row)
+        if not self._spec.retention.keep_updates:
+            await self._drop_updates(current)
+        await self._close_evaluations(time.time())
+        await self._go_on()
+
+    async def _drop_updates(self, current: Round) -> None:
+        uploads = await self._db.run(lambda c: records.forget_updates(c, self.row.id, current))
+        self._parts.access.forget(u.id for u in uploads)
+        try:
+            await self._parts.versions.forget_uploads(uploads)
+        except OSError:
+            # The next start sweeps them; the run must not wait for that.
+            self._log.exception("updates not deleted", round=current.number)
+
+    def _tidy(self) -> None:
+        """Retire versions, on a task of its own: it waits for `blobs_lock`, whose holder may wait for ours."""
+        task = asyncio.create_task(self._retire())
+        self._tidying.add(task)
+        task.add_done_callback(self._tidying.discard)
+
+    async def _retire(self) -> None:
+        try:
+            await self._parts.versions.retire(self.row.id)
+        except Exception:  # noqa: BLE001 - tried again after the next version
+            self._log.exception("versions not retired")
+
+    # --- What comes next
+
+    async def _resume(self) -> None:
+        """Take up a transition that an error (a full disk, a locked database) stopped half-way."""
+        phase = self.round.phase if self.round is not None else None
+        if phase is Phase.AGGREGATE and (self._aggregation is None or self._aggregation.done()):
+            self._begin_aggregation()
+        elif phase in (None, Phase.COMMITTED, Phase.FAILED):
+            await self._go_on()
+
+    async def _go_on(self, *, whatever_the_target: bool = False) -> None:
+        """Open the next round, wait for an evaluation, or end."""
+        if self.row.state not in q.LIVE_STATES:
+            return
+        self.round = None
+        last = self.row.version >= self.row.rounds
+        if self._evaluations.pending(self.row.version) and (last or self._spec.stop):
+            if last and self.row.state == "active":
+                await self._set_state("finishing", "run_finishing")
+        elif self._spec.stop and not whatever_the_target and await self._target_reached():
+            await self._end("completed", f"{self._spec.evaluation.metric} reached {self._spec.stop.target}")
+        elif last:
+            await self._end("completed", "all rounds are done")
+        else:
+            await self._open_round(self.row.version + 1)
+
+    async def _target_reached(self) -> bool:
+        version = await self._db.run(lambda c: q.version(c, self.row.id, self.row.version))
+        value = version.means.get(self._spec.evaluation.metric) if version else None
+        if value is None or self._spec.stop is None:
+            return False
+        target = self._spec.stop.target
+        return value >= target if self._spec.evaluation.goal == "max" else value <= target
+
+    async def _close_evaluations(self, now: float) -> None:
+        for version in self._evaluations.over(now):
+            if self.row.state not in q.LIVE_STATES:
+                return
+            await self._close_evaluation(version)
+            if self.round is None:
+                await self._go_on()
+
+    async def _close_evaluation(self, version: int) -> None:
+        late, run = self._evaluations.tasks(version), self.row
+        ids = [t.row.id for t in late]
+        means: dict[str, float] = {}
+        await self._commit(lambda c: means.update(records.close_evaluation(c, run, version, ids)))
+        self._board.remove(late)
+        self._evaluations.closed(version)
+        self._tidy()
+        self._log.info("evaluated", version=version, **{f"mean_{k}": round(v, 6) for k, v in means.items()})
+
+    async def _end(self, state: str, reason: str) -> None:
+        current, tasks = self.round, self._board.of_run(self.row.id)
+        ids = [t.row.id for t in tasks]
+        await self._commit(lambda c: records.end_run(c, self.row.id, current, ids, state=state, reason=reason))
+        self._board.remove(tasks)
+        self.round = None
+        if current is not None:
+            await self._drop_updates(current)
+        self._log.info("ended", state=state, reason=reason)
+        self._tidy()
+        self._ended(self.row.id)
+
+    async def _set_state(self, state: str, kind: str) -> None:
+        def work(c: Connection) -> None:
+            q.save_run(c, self.row.id, state=state)
+            q.add_event(c, self.row.id, kind, {}, time.time())
+
+        await self._commit(work)
+
+    async def _commit(self, *works: _Work) -> None:
+        def work(c: Connection) -> RunRow:
+            for each in works:
+                each(c)
+            return q.run_by_id(c, self.row.id)
+
+        self.row = await self._db.run(work)
+        self._parts.feed.notify(self.row.id)
+
+    # --- Views
+
+    def eligible(self, ability: str = "") -> tuple[list[str], dict[str, str]]:
+        """Connected sites that can take part, and why others cannot."""
+        wanted = ability or ("gradient" if self._spec.strategy == "fedsgd" else "train")
+        if wanted == "evaluate" and not self._spec.evaluation.enabled:
+            return [], {}
+        run, workload, settings = self.row.name, self._spec.workload, self._spec.settings
+        verdicts = {
+            name: refusal(offers, run=run, workload=workload, ability=wanted, settings=settings)
+            for name, offers in self._parts.sites.offers().items()
+        }
+        fine = sorted(name for name, why in verdicts.items() if why is None)
+        return fine, {name: why for name, why in verdicts.items() if why is not None}
+
+    def waiting(self) -> str:
+        """One sentence: what the run waits for; empty if for nothing."""
+        now = time.time()
+        eligible, refusals = self.eligible()
+        # Training last, so that it is what is told of a site that has both kinds open.
+        tasks = sorted(self._board.of_run(self.row.id), key=lambda t: t.row.kind)
+        awaited = self._evaluations.states(self.row.version) if self.round is None else {}
+        return explain(
+            RunView(
+                state=self.row.state,
+                workload=self._spec.workload,
+                round=self.round,
+                now=now,
+                eligible=frozenset(eligible),
+                refusals=refusals,
+                doing={t.client: _doing(t, now) for t in tasks},
+                evaluation=awaited,
+                evaluation_seconds_left=self._evaluations.seconds_left(self.row.version),
+            )
+        )
+
+
+def _doing(task: OpenTask, now: float) -> Doing:
+    since = task.heard if task.state is TaskState.AWAY else task.since
+    return Doing(task.activity, task.done, task.total, now - since)
+
+
+def _restored(run: RunRow, found: RoundRow, tasks: Sequence[TaskRow], *, not_before: float) -> Round:
+    spec = run.parsed
+    deadline = None if found.deadline_at is None else max(found.deadline_at, not_before)
+    entries: dict[str, Entry] = {}
+    for t in tasks:  # in order of attempt, so the newest stays
+        state = TaskState(t.state)
+        entries[t.client] = Entry(state if state.final else TaskState.RUNNING, t.attempt)
+    base = Round(run.name, found.number, found.attempt, spec.cohort, spec.seed)
+    return replace(base, phase=Phase(found.phase), tasks=entries, deadline_at=deadline, reason=found.reason)

@@ -1,0 +1,287 @@
+"""The engine: every live run, the clock, and what operators ask for."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from pydantic import ValidationError
+from sqlalchemy import Connection
+
+from fedlink import log as logs
+from fedlink.config import explain
+from fedlink.errors import FedlinkError, Reason
+from fedlink.run_file import MAX_JSON_BYTES, MAX_ROUNDS, RunSpec
+from fedserver.rounds.model import TaskState
+from fedserver.rounds.selection import refusal
+from fedserver.runtime.board import OpenTask
+from fedserver.runtime.driver import Parts, RunDriver
+from fedserver.runtime.versions import version_owner
+from fedserver.runtime.whole import whole
+from fedserver.store.queries import models as model_queries
+from fedserver.store.queries import runs as q
+from fedserver.store.queries import tasks as task_queries
+from fedserver.store.rows import ModelRow, RunRow, VersionRow
+
+_TICK_SECONDS = 0.25
+_SETTLE_SECONDS = 0.05
+
+
+class Engine:
+    """Starts and feeds the drivers.
+
+    Args:
+        parts: the rest of the server.
+        sites_changed: set when a site came or changed what it offers; the runs hear of it soon.
+    """
+
+    def __init__(self, parts: Parts, sites_changed: asyncio.Event) -> None:
+        self._parts = parts
+        self._db = parts.database
+        self._drivers: dict[int, RunDriver] = {}
+        self._changed = sites_changed
+        # Runs begin, and ended ones go on, one at a time: a run must never have two drivers.
+        self._beginning = asyncio.Lock()
+        self._loops: list[asyncio.Task[None]] = []
+        self._log = logs.get("engine")
+
+    async def start(self) -> None:
+        """Take up every live run and every open task again."""
+        runs, tasks = await self._db.run(
+            lambda c: (q.list_runs(c, states=q.LIVE_STATES), task_queries.open_tasks(c)),
+        )
+        by_id = {r.id: r for r in runs}
+        for task in tasks:
+            if task.run_id in by_id:
+                self._parts.board.add(by_id[task.run_id], [task], fresh=False)
+        for run in runs:
+            await self._drive(run)
+        self._loops = [asyncio.create_task(self._clock()), asyncio.create_task(self._follow_sites())]
+        if runs:
+            self._log.info("recovered", runs=[r.name for r in runs], open_tasks=len(tasks))
+
+    async def close(self) -> None:
+        """Stop; the next start goes on from the database."""
+        for loop in self._loops:
+            loop.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await loop
+        for driver in list(self._drivers.values()):
+            await driver.close()
+
+    # --- Tasks
+
+    def driver_of(self, task: OpenTask) -> RunDriver:
+        """The driver of a task's run.
+
+        Raises:
+            FedlinkError: ROUND_CLOSED if the run has ended.
+        """
+        driver = self._drivers.get(task.row.run_id)
+        if driver is None:
+            raise FedlinkError(Reason.ROUND_CLOSED, f"run {task.run.name!r} has ended; drop the task")
+        return driver
+
+    async def revive(self, task: OpenTask) -> None:
+        """A site shows that it has a task: extend its lease, and bring it back if it was away."""
+        self._parts.board.extend(task)
+        task.fetched = True
+        if task.state in (TaskState.PENDING, TaskState.AWAY):
+            await self.driver_of(task).task_changed(task, TaskState.RUNNING)
+
+    @whole
+    async def release(self, client: str) -> None:
+        """A site leaves: its open tasks go AWAY."""
+        for task in self._parts.board.of_client(client):
+            driver = self._drivers.get(task.row.run_id)
+            if driver is not None and task.state in (TaskState.PENDING, TaskState.RUNNING):
+                task.heard = time.time()
+                await driver.task_changed(task, TaskState.AWAY)
+
+    @whole
+    async def revoke(self, client: str) -> None:
+        """A site may not come any more: its open tasks are revoked, and it hears of it at once."""
+        self._parts.board.wake(client)
+        for task in self._parts.board.of_client(client):
+            driver = self._drivers.get(task.row.run_id)
+            if driver is not None:
+                values = {"reason": "CLIENT_REVOKED", "message": "an operator revoked the client"}
+                await driver.task_ended(task, TaskState.FAILED, values)
+
+    # --- Runs
+
+    @whole
+    async def create(self, spec_json: str, request_id: bytes) -> RunRow:
+        """Start a run; the same request again answers the same run.
+
+        Raises:
+            FedlinkError: BAD_RUN, RUN_EXISTS, MODEL_NOT_FOUND.
+        """
+        if len(request_id) != 16:
+            raise FedlinkError(Reason.BAD_RUN, "request_id must have 16 bytes")
+        async with self._beginning:
+            again = await self._db.run(lambda c: q.run_by_request(c, request_id))
+            if again is not None:
+                return again
+            spec = _parse_spec(spec_json)
+            self._check_offers(spec)
+            # Held, so that a version that is found is not retired before the run refers to it.
+            async with self._parts.versions.blobs_lock:
+                _, _, start = await self._parts.versions.find(spec.model)
+                run = await self._db.run(lambda c: _insert_run(c, spec, request_id, start))
+            self._log.info("created", run=run.name, workload=spec.workload, rounds=spec.rounds, model=spec.model)
+            await self._drive(run)
+            return await self._db.run(lambda c: q.run_by_id(c, run.id))
+
+    def _check_offers(self, spec: RunSpec) -> None:
+        """Refuse settings that every connected site with the workload refuses; a run may wait for other sites."""
+        ability = "gradient" if spec.strategy == "fedsgd" else "train"
+        verdicts = {
+            name: refusal(offers, run=spec.name or "", workload=spec.workload, ability=ability, settings=spec.settings)
+            for name, offers in self._parts.sites.offers().items()
+            if spec.workload in offers
+        }
+        if verdicts and all(verdicts.values()):
+            whys = "; ".join(f"{name} {why}" for name, why in sorted(verdicts.items()))
+            raise FedlinkError(Reason.BAD_RUN, f"no connected site would take part: {whys}")
+
+    async def _drive(self, run: RunRow, *, extended: bool = False) -> None:
+        driver = RunDriver(run, self._parts, self._forget)
+        self._drivers[run.id] = driver
+        await driver.start(extended=extended)
+
+    def _forget(self, run_id: int) -> None:
+        self._drivers.pop(run_id, None)
+
+    def driver(self, run_id: int) -> RunDriver | None:
+        """The driver of a run that has not ended."""
+        return self._drivers.get(run_id)
+
+    async def find(self, name: str) -> RunRow:
+        """A run by name.
+
+        Raises:
+            FedlinkError: RUN_NOT_FOUND.
+        """
+        row = await self._db.run(lambda c: q.run_by_name(c, name))
+        if row is None:
+            raise FedlinkError(Reason.RUN_NOT_FOUND, f"there is no run {name!r}; see `fedserver run list`")
+        return row
+
+    async def live(self, name: str) -> RunDriver:
+        """The driver of a run that must not have ended.
+
+        Raises:
+            FedlinkError: RUN_NOT_FOUND, RUN_STATE.
+        """
+        row = await self.find(name)
+        driver = self._drivers.get(row.id)
+        if driver is None:
+            raise FedlinkError(Reason.RUN_STATE, f"run {name!r} is {row.state} already ({row.reason})")
+        return driver
+
+    @whole
+    async def extend(self, name: str, rounds: int) -> RunRow:
+        """Set the number of rounds; a run that has ended goes on.
+
+        Raises:
+            FedlinkError: RUN_NOT_FOUND, RUN_STATE if fewer than are done.
+        """
+        async with self._beginning:
+            row = await self.find(name)
+            if rounds < row.version or rounds > MAX_ROUNDS:
+                have = f"run {name!r} has done {row.version} rounds"
+                raise FedlinkError(Reason.RUN_STATE, f"{have}; it cannot have {rounds} (at most {MAX_ROUNDS})")
+            driver = self._drivers.get(row.id)
+            if driver is not None:
+                await driver.set_rounds(rounds)
+            elif rounds > row.version:
+                await self._db.run(lambda c: _reopen(c, row, rounds))
+                await self._drive(await self.find(name), extended=True)
+            return await self.find(name)
+
+    # --- Time
+
+    async def _clock(self) -> None:
+        board, sites = self._parts.board, self._parts.sites
+        while True:
+            await asyncio.sleep(_TICK_SECONDS)
+            for task in board.lapsed(set(sites.offers())):
+                if (of_run := self._drivers.get(task.row.run_id)) is not None:
+                    await self._guarded(lambda of_run=of_run, task=task: of_run.task_lapsed(task))  # type: ignore[misc]
+            for driver in list(self._drivers.values()):
+                await self._guarded(lambda driver=driver: driver.tick(time.time()))  # type: ignore[misc]
+
+    async def _follow_sites(self) -> None:
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            # Sites often arrive together; one look at them all is enough.
+            await asyncio.sleep(_SETTLE_SECONDS)
+            for driver in list(self._drivers.values()):
+                await self._guarded(driver.sites_changed)
+
+    async def _guarded(self, work: Callable[[], Awaitable[Any]]) -> None:
+        """One run's trouble must not stop the clock for the others."""
+        try:
+            await work()
+        except Exception:  # noqa: BLE001 - logged, and tried again at the next tick
+            self._log.exception("tick failed")
+
+
+def _parse_spec(spec_json: str) -> RunSpec:
+    if len(spec_json.encode()) > MAX_JSON_BYTES:
+        raise FedlinkError(Reason.BAD_RUN, f"the run file is larger than {MAX_JSON_BYTES} bytes as JSON")
+    try:
+        spec = RunSpec.model_validate_json(spec_json)
+    except ValidationError as e:
+        raise FedlinkError(Reason.BAD_RUN, explain(e)) from None
+    if not spec.model:
+        raise FedlinkError(Reason.BAD_RUN, "model: missing; name an imported model, or use `--from RUN@VERSION`")
+    if spec.name is None:
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+        spec = spec.model_copy(update={"name": f"{spec.workload[:48]}-{stamp}"})
+    return spec
+
+
+def _insert_run(c: Connection, spec: RunSpec, request_id: bytes, start: ModelRow | VersionRow) -> RunRow:
+    assert spec.name is not None
+    if q.run_by_name(c, spec.name) or model_queries.model(c, spec.name):
+        raise FedlinkError(
+            Reason.RUN_EXISTS, f"there is a run or model named {spec.name!r} already; choose another name"
+        )
+    now = time.time()
+    run = q.insert_run(
+        c,
+        name=spec.name,
+        request_id=request_id,
+        spec=spec.model_dump_json(),
+        state="active",
+        rounds=spec.rounds,
+        version=0,
+        created=now,
+    )
+    q.insert_version(
+        c,
+        run_id=run.id,
+        number=0,
+        digest=start.digest,
+        manifest_size=start.manifest_size,
+        size=start.size,
+        tensors=start.tensors,
+        master_digest=start.master_digest if isinstance(start, VersionRow) else None,
+        created=now,
+    )
+    owner = version_owner(start.run_id, start.number) if isinstance(start, VersionRow) else f"model:{start.name}"
+    model_queries.copy_refs(c, owner, version_owner(run.id, 0))
+    q.add_event(c, run.id, "run_created", {"spec": json.loads(run.spec)}, now)
+    return run
+
+
+def _reopen(c: Connection, row: RunRow, rounds: int) -> None:
+    q.save_run(c, row.id, rounds=rounds, state="active", reason="", ended=None)
+    q.add_event(c, row.id, "run_extended", {"rounds": rounds}, time.time())

@@ -1,0 +1,200 @@
+"""What the driver writes: each function is the body of a transaction, given everything it needs.
+
+They run on the database's thread, so they touch nothing of the running server.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import Connection
+
+from fedserver.rounds.evaluation import is_better, weighted_means
+from fedserver.rounds.model import Phase, Round, TaskState
+from fedserver.runtime.board import OpenTask
+from fedserver.runtime.versions import StoredVersion, version_owner
+from fedserver.store.queries import models as model_queries
+from fedserver.store.queries import runs as q
+from fedserver.store.queries import tasks as task_queries
+from fedserver.store.rows import RunRow, TaskRow, UploadRow, VersionRow
+
+
+def save_round(c: Connection, run_id: int, after: Round) -> None:
+    """Write where a round stands."""
+    values: dict[str, Any] = {"phase": after.phase, "deadline_at": after.deadline_at, "reason": after.reason}
+    if after.phase is Phase.FAILED:
+        values["closed"] = time.time()
+    q.save_round(c, run_id, after.number, after.attempt, **values)
+
+
+def open_round(c: Connection, run_id: int, number: int) -> int:
+    """Add the next attempt at a round.
+
+    Returns:
+        Which attempt it is.
+    """
+    before = q.newest_round(c, run_id, number)
+    attempt = before.attempt + 1 if before else 1
+    q.insert_round(c, run_id, number, attempt, phase=Phase.SELECT, now=time.time())
+    return attempt
+
+
+def issue_train(c: Connection, run: RunRow, after: Round, clients: Collection[str], attempt: int) -> list[TaskRow]:
+    """Write a training task for each site."""
+    rows = [
+        _issue(c, run, "train", client, attempt, round=after.number, round_attempt=after.attempt, version=run.version)
+        for client in clients
+    ]
+    kind = "round_started" if attempt == 1 else "task_retried"
+    data = {"round": after.number, "attempt": after.attempt, "clients": sorted(clients)}
+    q.add_event(c, run.id, kind, data, time.time())
+    return rows
+
+
+def issue_evaluation(
+    c: Connection, run: RunRow, version: int, clients: Collection[str], stale: Collection[int]
+) -> list[TaskRow]:
+    """Write the evaluation tasks of a version, once; `stale` ones of older versions are superseded."""
+    if task_queries.evaluation_tasks(c, run.id, version):
+        return []
+    task_queries.end_tasks(c, stale, TaskState.SUPERSEDED, "NEWER_VERSION", time.time())
+    return [_issue(c, run, "evaluate", client, 1, round=0, round_attempt=0, version=version) for client in clients]
+
+
+def _issue(c: Connection, run: RunRow, kind: str, client: str, attempt: int, **values: int) -> TaskRow:
+    return task_queries.insert_task(
+        c,
+        token=secrets.token_bytes(24),
+        run_id=run.id,
+        kind=kind,
+        client=client,
+        attempt=attempt,
+        state=TaskState.PENDING,
+        issued=time.time(),
+        **values,
+    )
+
+
+def close_tasks(
+    c: Connection, run_id: int, after: Round, task_ids: Collection[int], *, kind: str, data: Mapping[str, Any]
+) -> None:
+    """A round takes no further update."""
+    now = time.time()
+    task_queries.end_tasks(c, task_ids, TaskState.CLOSED, "ROUND_CLOSED", now)
+    q.add_event(c, run_id, kind, {"round": after.number, "attempt": after.attempt, **data}, now)
+
+
+def end_task(c: Connection, task: OpenTask, state: TaskState, values: Mapping[str, Any]) -> None:
+    """A task became final; `values` are columns, with "metrics" as a table."""
+    now = time.time()
+    metrics = dict(task.metrics) | dict(values.get("metrics", {}))
+    task_queries.save_task(
+        c,
+        task.row.id,
+        state=state,
+        ended=now,
+        metrics=json.dumps(metrics),
+        bytes_down=task.bytes_down,
+        bytes_up=task.bytes_up,
+        **{k: v for k, v in values.items() if k != "metrics"},
+    )
+    if task.row.kind == "train":
+        data = {"round": task.row.round, "client": task.client, "attempt": task.row.attempt}
+        data |= {k: values[k] for k in ("reason", "message", "tensor", "num_examples") if values.get(k)}
+        q.add_event(c, task.row.run_id, f"task_{state}", data, now)
+
+
+def commit_version(
+    c: Connection, run: RunRow, after: Round, stored: StoredVersion, *, tasks: Sequence[TaskRow], seconds: float
+) -> None:
+    """A round becomes a version."""
+    number, now = after.number, time.time()
+    q.insert_version(
+        c,
+        run_id=run.id,
+        number=number,
+        digest=stored.manifest.digest,
+        manifest_size=stored.manifest.size,
+        size=stored.size,
+        tensors=stored.tensors,
+        master_digest=stored.master.digest if stored.master else None,
+        created=now,
+    )
+    model_queries.add_refs(c, version_owner(run.id, number), stored.digests)
+    q.save_round(c, run.id, number, after.attempt, phase=after.phase, closed=now)
+    q.save_run(c, run.id, version=number)
+    opened = q.round_attempt(c, run.id, number, after.attempt)
+    data = {
+        "round": number,
+        "version": number,
+        "clients": {t.client: t.num_examples for t in tasks},
+        "bytes_up": sum(t.bytes_up for t in tasks),
+        "bytes_down": bytes_down(c, run.id, tasks, run.version),
+        "aggregate_seconds": round(seconds, 4),
+        "seconds": round(now - opened.opened, 4) if opened else 0.0,
+    }
+    q.add_event(c, run.id, "round_committed", data, now)
+
+
+def bytes_down(c: Connection, run_id: int, tasks: Sequence[TaskRow], base: int) -> int:
+    """Bytes sent so that a round could start: a site that measures the base version first has it for training."""
+    return sum(t.bytes_down for t in (*tasks, *task_queries.evaluation_tasks(c, run_id, base)))
+
+
+def aggregation_inputs(c: Connection, run: RunRow, current: Round) -> tuple[list[TaskRow], VersionRow]:
+    """The accepted tasks of a round, in client order, and the version they started from."""
+    tasks = task_queries.round_tasks(c, run.id, current.number, current.attempt)
+    base = q.version(c, run.id, run.version)
+    assert base is not None
+    return sorted((t for t in tasks if t.state == TaskState.ACCEPTED), key=lambda t: t.client), base
+
+
+def forget_updates(c: Connection, run_id: int, current: Round) -> list[UploadRow]:
+    """Drop the rows of everything uploaded for a round.
+
+    Returns:
+        What was uploaded.
+    """
+    tasks = task_queries.round_tasks(c, run_id, current.number, current.attempt)
+    uploads = task_queries.task_uploads(c, [t.id for t in tasks])
+    task_queries.delete_uploads(c, [u.id for u in uploads])
+    return uploads
+
+
+def close_evaluation(c: Connection, run: RunRow, version: int, late: Iterable[int]) -> dict[str, float]:
+    """Record the means over the sites, and whether the version is the best so far.
+
+    Returns:
+        The means.
+    """
+    now, settings = time.time(), run.parsed.evaluation
+    task_queries.end_tasks(c, late, TaskState.CLOSED, "EVALUATION_CLOSED", now)
+    rows = [t for t in task_queries.evaluation_tasks(c, run.id, version) if t.state == TaskState.ACCEPTED]
+    means = weighted_means([(t.num_examples, t.values) for t in rows])
+    q.save_version(c, run.id, version, metrics=json.dumps(means), evaluated=True)
+    value, current = means.get(settings.metric), q.run_by_id(c, run.id)
+    measured = q.version(c, run.id, version)
+    kept = measured is not None and measured.kept
+    best = kept and value is not None and is_better(value, current.best_value, settings.goal)
+    if best:
+        q.save_run(c, run.id, best_version=version, best_value=value)
+    clients = {t.client: {"num_examples": t.num_examples, "metrics": t.values} for t in rows}
+    data = {"version": version, "metrics": means, "clients": clients, "best": best}
+    q.add_event(c, run.id, "version_evaluated", data, now)
+    return means
+
+
+def end_run(
+    c: Connection, run_id: int, current: Round | None, task_ids: Collection[int], *, state: str, reason: str
+) -> None:
+    """A run ends, and with it the round that is open."""
+    now = time.time()
+    task_queries.end_tasks(c, task_ids, TaskState.CLOSED, "RUN_ENDED", now)
+    if current is not None and current.phase not in (Phase.COMMITTED, Phase.FAILED):
+        q.save_round(c, run_id, current.number, current.attempt, phase=Phase.FAILED, reason=reason, closed=now)
+    q.save_run(c, run_id, state=state, reason=reason, ended=now)
+    q.add_event(c, run_id, "run_ended", {"state": state, "reason": reason}, now)

@@ -1,0 +1,257 @@
+"""Who may read and send which bytes: the rules of `access.BlobAccess`, from tasks and imports."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection
+
+from fedlink.blobs import MAX_BLOB_SIZE, MAX_MANIFEST_SIZE, BlobRef
+from fedlink.errors import FedlinkError, Reason
+from fedlink.manifest import Manifest
+from fedlink.run_file import WIRE_DTYPES, RunSpec
+from fedlink.tensors import Role, update_spec
+from fedlink.transfer import ImportPurpose, Purpose
+from fedserver.rounds.model import TaskState
+from fedserver.runtime.access import Caller
+from fedserver.runtime.board import OpenTask, TaskBoard
+from fedserver.runtime.versions import Versions, is_whole
+from fedserver.runtime.whole import whole
+from fedserver.store.blobs import BlobStore
+from fedserver.store.database import Database
+from fedserver.store.queries import models as model_queries
+from fedserver.store.queries import runs as run_queries
+from fedserver.store.queries import tasks as q
+from fedserver.store.rows import UploadRow
+from fedserver.store.spool import Spool
+
+_MAX_TASK_UPLOADS = 20_000
+_CACHED_TENSORS = 200_000
+
+
+def max_update_bytes(model: Manifest, spec: RunSpec) -> int:
+    """The most bytes an update to this model may have: its data, and room for headers."""
+    trained = [t.spec for t in model.tensors if t.spec.role is not Role.FROZEN]
+    dtype = WIRE_DTYPES[spec.update_dtype]
+    data = sum(update_spec(s, dtype).nbytes for s in trained)
+    return data + sum(len(s.name.encode()) * 2 + 512 for s in trained) + 4096 * (len(model.files) + 1)
+
+
+class TaskBlobAccess:
+    """`BlobAccess` over the board, the database, the store and the spool."""
+
+    def __init__(
+        self, database: Database, board: TaskBoard, versions: Versions, store: BlobStore, spool: Spool
+    ) -> None:
+        self._db = database
+        self._board = board
+        self._versions = versions
+        self._store = store
+        self._spool = spool
+        self._manifests: dict[bytes, Manifest] = {}
+        self._starting = asyncio.Lock()
+        self._tokens: dict[bytes, bytes] = {}
+
+    async def model_manifest(self, digest: bytes) -> Manifest:
+        """The manifest of a published model; the last few are kept parsed."""
+        known = self._manifests.get(digest)
+        if known is not None:
+            return known
+        parsed = await asyncio.to_thread(self._versions.read_manifest, digest)
+        self._manifests[digest] = parsed
+        while len(self._manifests) > 1 and sum(len(m.tensors) for m in self._manifests.values()) > _CACHED_TENSORS:
+            del self._manifests[next(iter(self._manifests))]
+        return parsed
+
+    async def task_model(self, task: OpenTask) -> BlobRef:
+        """The manifest of the version a task names.
+
+        Raises:
+            FedlinkError: ROUND_CLOSED if the version is gone.
+        """
+        row = await self._db.run(lambda c: run_queries.version(c, task.row.run_id, task.row.version))
+        if row is None or not row.kept:
+            raise FedlinkError(Reason.ROUND_CLOSED, f"version {task.row.version} of run {task.run.name!r} is not kept")
+        return row.manifest
+
+    async def readable(self, caller: Caller, task_token: bytes, digest: bytes) -> BlobRef:
+        """See `BlobAccess`."""
+        if caller.operator:
+            return await self._published(digest)
+        task = await self._board.open_task(caller.name, task_token)
+        manifest = await self.task_model(task)
+        if digest == manifest.digest:
+            return manifest
+        for file in (await self.model_manifest(manifest.digest)).files:
+            if file.blob.digest == digest:
+                return file.blob
+        raise _not_found()
+
+    async def _published(self, digest: bytes) -> BlobRef:
+        if not await self._db.run(lambda c: model_queries.needed_of(c, [digest])):
+            raise _not_found()
+
+        def size() -> int:
+            with self._store.open(digest) as blob:
+                return blob.size
+
+        return BlobRef(digest, await asyncio.to_thread(size))
+
+    async def missing(self, caller: Caller, purpose: Purpose, digests: Sequence[bytes]) -> list[bytes]:
+        """See `BlobAccess`."""
+        task = await self._task(caller, purpose)
+        here = await self._here(caller, purpose, task, set(digests))
+        return [d for d in digests if d not in here]
+
+    @whole
+    async def start_upload(self, caller: Caller, purpose: Purpose, ref: BlobRef, chunk_digests: bytes) -> bytes:
+        """See `BlobAccess`."""
+        task = await self._task(caller, purpose)
+        if ref.size > MAX_BLOB_SIZE:
+            raise FedlinkError(Reason.TOO_LARGE, f"a blob of {ref.size} bytes is over the limit of {MAX_BLOB_SIZE}")
+        # One at a time, so that two calls for the same bytes find one slot and the sum is right.
+        async with self._starting:
+            upload_id = await self._find_or_create(caller, purpose, task, ref, chunk_digests)
+        if task is not None and self._board.get(task.token) is task:
+            self._tokens[upload_id] = task.token
+        return upload_id
+
+    async def _find_or_create(
+        self, caller: Caller, purpose: Purpose, task: OpenTask | None, ref: BlobRef, chunk_digests: bytes
+    ) -> bytes:
+        mine = await self._uploads(purpose, task)
+        for upload in mine:
+            if upload.digest == ref.digest:
+                # Creating it again does nothing, unless a power loss took the slot.
+                await asyncio.to_thread(self._spool.create, upload.id, ref, chunk_digests)
+                return upload.id
+        if task is not None:
+            await self._check_room(task, mine, ref)
+        source = (await self._here(caller, purpose, task, {ref.digest})).get(ref.digest)
+        upload_id = secrets.token_bytes(16)
+        values: dict[str, Any] = {"task_id": task.row.id} if task else {"import_id": _import_id(purpose)}
+        name = caller.name if task else ""
+
+        def work(c: Connection) -> None:
+            # The round may have closed, and its uploads been forgotten, while room was made.
+            if task is not None and q.task_by_id(c, task.row.id).state not in q.OPEN_STATES:
+                raise FedlinkError(Reason.ROUND_CLOSED, "the task of this upload is over; drop it")
+            q.insert_upload(
+                c, id=upload_id, client=name, digest=ref.digest, size=ref.size, created=time.time(), **values
+            )
+
+        await asyncio.to_thread(self._make_slot, upload_id, source, ref, chunk_digests)
+        try:
+            await self._db.run(work)
+        except BaseException:
+            await asyncio.to_thread(self._spool.delete, upload_id)
+            raise
+        return upload_id
+
+    def _make_slot(self, upload_id: bytes, source: Path | None, ref: BlobRef, chunk_digests: bytes) -> None:
+        if source is not None:
+            # What was here a moment ago may have gone with its round; then it has to be sent.
+            with contextlib.suppress(FileNotFoundError):
+                self._spool.link(upload_id, source, ref, chunk_digests)
+                return
+        self._spool.create(upload_id, ref, chunk_digests)
+
+    async def owned(self, caller: Caller, upload_id: bytes) -> None:
+        """See `BlobAccess`."""
+        row = await self._db.run(lambda c: q.upload(c, upload_id)) if len(upload_id) == 16 else None
+        mine = row is not None and (row.import_id is not None if caller.operator else row.client == caller.name)
+        if row is None or not mine:
+            raise FedlinkError(Reason.UPLOAD_NOT_FOUND, "there is no such upload; begin with StartUpload")
+        if row.task_id is not None and not any(t.row.id == row.task_id for t in self._board.of_client(caller.name)):
+            raise FedlinkError(Reason.ROUND_CLOSED, "the task of this upload is over; drop it")
+
+    def forget(self, upload_ids: Iterable[bytes]) -> None:
+        """Stop accounting for uploads that are deleted."""
+        for upload_id in upload_ids:
+            self._tokens.pop(upload_id, None)
+
+    def count_read(self, task_token: bytes, nbytes: int) -> None:
+        """See `BlobAccess`."""
+        task = self._board.get(task_token)
+        if task is not None:
+            task.bytes_down += nbytes
+
+    def count_written(self, upload_id: bytes, nbytes: int) -> None:
+        """See `BlobAccess`."""
+        task = self._board.get(self._tokens.get(upload_id, b""))
+        if task is not None:
+            task.bytes_up += nbytes
+
+    # --- Parts
+
+    async def _task(self, caller: Caller, purpose: Purpose) -> OpenTask | None:
+        if isinstance(purpose, ImportPurpose):
+            if not caller.operator:
+                raise FedlinkError(Reason.NOT_AN_OPERATOR, "only operators import models, on the operators' listener")
+            if len(purpose.id) != 16:
+                raise FedlinkError(Reason.BAD_NAME, "import_id must have 16 bytes")
+            return None
+        if caller.operator:
+            raise FedlinkError(Reason.TASK_NOT_FOUND, "operators have no tasks")
+        task = await self._board.open_task(caller.name, purpose.token)
+        if task.row.kind != "train":
+            raise FedlinkError(Reason.TOO_LARGE, "an evaluation has nothing to upload")
+        return task
+
+    async def _uploads(self, purpose: Purpose, task: OpenTask | None) -> list[UploadRow]:
+        if task is not None:
+            task_id = task.row.id
+            return await self._db.run(lambda c: q.task_uploads(c, [task_id]))
+        import_id = _import_id(purpose)
+        return await self._db.run(lambda c: q.import_uploads(c, import_id))
+
+    async def _check_room(self, task: OpenTask, mine: Sequence[UploadRow], ref: BlobRef) -> None:
+        if task.state is TaskState.CHECKING:
+            raise FedlinkError(Reason.TASK_COMPLETED, "this task's update is being checked; nothing is to be sent")
+        model = await self.model_manifest((await self.task_model(task)).digest)
+        limit = max_update_bytes(model, task.run.parsed) + MAX_MANIFEST_SIZE
+        total = sum(u.size for u in mine) + ref.size
+        if total > limit or len(mine) >= _MAX_TASK_UPLOADS:
+            raise FedlinkError(
+                Reason.TOO_LARGE,
+                f"client {task.client!r} would send {total} bytes for one task of run {task.run.name!r}; "
+                f"the model allows {limit}. Check that the update has the model's shapes and the run's update_dtype",
+            )
+
+    async def _here(
+        self, caller: Caller, purpose: Purpose, task: OpenTask | None, digests: Collection[bytes]
+    ) -> dict[bytes, Path]:
+        """Local files, by digest, with bytes that this caller has sent before or may read under the same purpose."""
+
+        def work(c: Connection) -> tuple[list[UploadRow], set[bytes]]:
+            if task is not None:
+                return q.client_uploads(c, caller.name, digests), set()
+            mine = [u for u in q.import_uploads(c, _import_id(purpose)) if u.digest in digests]
+            return mine, model_queries.needed_of(c, digests)
+
+        sent, readable = await self._db.run(work)
+        if task is not None:
+            manifest = await self.task_model(task)
+            files = (await self.model_manifest(manifest.digest)).files
+            readable = {manifest.digest, *(f.blob.digest for f in files)} & set(digests)
+
+        def paths() -> dict[bytes, Path]:
+            found = {u.digest: self._spool.path(u.id) for u in sent if is_whole(self._spool, u.id)}
+            return found | {d: self._store.local_path(d) for d in readable - found.keys() if self._store.contains(d)}
+
+        return await asyncio.to_thread(paths)
+
+
+def _import_id(purpose: Purpose) -> bytes:
+    assert isinstance(purpose, ImportPurpose)
+    return purpose.id
+
+
+def _not_found() -> FedlinkError:
+    return FedlinkError(Reason.BLOB_NOT_FOUND, "no such blob, or not one that this task refers to")

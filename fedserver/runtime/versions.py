@@ -1,0 +1,322 @@
+"""Versions and models: bytes into the blob store, and out of it when nobody needs them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import time
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import Connection
+
+from fedlink import log as logs
+from fedlink.blobs import MAX_MANIFEST_SIZE, BlobRef, chunk_digests_of, ref_of
+from fedlink.errors import FedlinkError, Reason
+from fedlink.manifest import Manifest
+from fedlink.tensors import Kind, TensorError, read_header
+from fedserver.aggregation.fold import aggregate
+from fedserver.aggregation.pipeline import Contribution, ModelFiles, NewVersion
+from fedserver.aggregation.presets import pipeline_for
+from fedserver.runtime.whole import whole
+from fedserver.store.blobs import BlobStore, read_blob
+from fedserver.store.database import Database
+from fedserver.store.queries import models as model_queries
+from fedserver.store.queries import runs as run_queries
+from fedserver.store.queries import tasks as task_queries
+from fedserver.store.rows import ModelRow, RunRow, TaskRow, UploadRow, VersionRow
+from fedserver.store.spool import Spool
+
+_FOLDS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class StoredVersion:
+    """A new version whose bytes are safe in the blob store, not yet in the database."""
+
+    manifest: BlobRef
+    master: BlobRef | None
+    size: int
+    tensors: int
+    digests: frozenset[bytes]
+    """Every blob it needs: manifests and files."""
+
+
+def version_owner(run_id: int, number: int) -> str:
+    """Name of a version in `blob_refs`."""
+    return f"version:{run_id}:{number}"
+
+
+def is_whole(spool: Spool, upload_id: bytes) -> bool:
+    """Whether all bytes of an upload are here; a slot that a power loss took is not. Blocking."""
+    try:
+        return spool.complete(upload_id)
+    except FedlinkError:
+        return False
+
+
+class Versions:
+    """Builds, keeps and retires the versions of every run, and takes in models."""
+
+    def __init__(self, database: Database, store: BlobStore, spool: Spool, scratch: Path) -> None:
+        self._db = database
+        self._store = store
+        self._spool = spool
+        self._scratch = scratch
+        # Held from adopting blobs to committing their rows, and around deletion: a blob that is
+        # on its way to a new owner must not be collected because its last old owner went.
+        # Its holder may take a driver's lock, so nobody who has a driver's lock may wait for it.
+        self.blobs_lock = asyncio.Lock()
+        # Folding takes a thread for minutes; the others are for what sites wait for.
+        self._folds = asyncio.Semaphore(_FOLDS)
+        self._log = logs.get("versions")
+
+    def read_manifest(self, digest: bytes) -> Manifest:
+        """A stored manifest. Blocking."""
+        return Manifest.parse(read_blob(self._store, digest, MAX_MANIFEST_SIZE))
+
+    def files_of(self, digest: bytes) -> ModelFiles:
+        """A stored model's files. Blocking."""
+        manifest = self.read_manifest(digest)
+        return ModelFiles(manifest, [self._store.local_path(f.blob.digest) for f in manifest.files])
+
+    # --- A new version
+
+    @contextlib.asynccontextmanager
+    async def built(
+        self, run: RunRow, base: VersionRow, tasks: Sequence[TaskRow], scratch_name: str
+    ) -> AsyncIterator[StoredVersion]:
+        """Aggregate the updates of these tasks onto a version and store the result, to be committed inside.
+
+        On leaving, what was stored and not committed is deleted.
+
+        Raises:
+            FedlinkError: NO_EXAMPLES, NOT_FINITE, or an update's bytes are gone.
+        """
+        uploads = await self._db.run(lambda c: task_queries.task_uploads(c, [t.id for t in tasks]))
+        out_dir = self._scratch / scratch_name
+
+        def fold() -> NewVersion:
+            shutil.rmtree(out_dir, ignore_errors=True)
+            out_dir.mkdir(parents=True)
+            contributions = [self._contribution(t, [u for u in uploads if u.task_id == t.id]) for t in tasks]
+            master = self.files_of(base.master_digest) if base.master_digest else None
+            return aggregate(self.files_of(base.digest), master, contributions, pipeline_for(run.parsed), out_dir)
+
+        try:
+            async with self._folds:
+                new = await asyncio.to_thread(fold)
+            async with self.blobs_lock:
+                digests = {f.entry.blob.digest for f in new.files}
+                try:
+                    stored = await asyncio.to_thread(self._store_version, new, out_dir)
+                    digests |= stored.digests
+                    yield stored
+                finally:
+                    await self._collect(digests)
+        finally:
+            await asyncio.to_thread(shutil.rmtree, out_dir, True)
+
+    def _contribution(self, task: TaskRow, uploads: Sequence[UploadRow]) -> Contribution:
+        assert task.update_digest is not None
+        manifest, files = self.uploaded_manifest(task.update_digest, uploads, f"the update of client {task.client!r}")
+        return Contribution(task.client, task.num_examples, manifest, files)
+
+    def _store_version(self, new: NewVersion, out_dir: Path) -> StoredVersion:
+        for file in new.files:
+            self._store.adopt(file.path, file.entry.blob, file.chunk_digests)
+        digests = set()
+        refs: list[BlobRef | None] = []
+        for manifest in (new.model, new.master):
+            if manifest is None:
+                refs.append(None)
+                continue
+            ref = self._adopt_bytes(manifest.serialize(), out_dir / "manifest")
+            refs.append(ref)
+            digests |= {ref.digest, *(f.blob.digest for f in manifest.files)}
+        model, master = refs
+        assert model is not None
+        return StoredVersion(model, master, new.model.total_size, len(new.model.tensors), frozenset(digests))
+
+    def _adopt_bytes(self, data: bytes, path: Path) -> BlobRef:
+        path.write_bytes(data)
+        ref = ref_of(data)
+        self._store.adopt(path, ref, chunk_digests_of(data))
+        return ref
+
+    # --- What was uploaded
+
+    def uploaded_manifest(self, digest: bytes, uploads: Sequence[UploadRow], what: str) -> tuple[Manifest, list[Path]]:
+        """A manifest among uploads, and the local paths of its files. Blocking.
+
+        Raises:
+            FedlinkError: BLOB_MISSING with metadata "digest"; BAD_MANIFEST.
+        """
+        here = {u.digest: u for u in uploads if is_whole(self._spool, u.id)}
+
+        def path_of(wanted: bytes, name: str) -> Path:
+            if wanted not in here:
+                raise FedlinkError(
+                    Reason.BLOB_MISSING,
+                    f"{name} of {what} was not uploaded completely; send it, then repeat the call",
+                    metadata={"digest": wanted.hex()},
+                )
+            return self._spool.path(here[wanted].id)
+
+        path = path_of(digest, "the manifest")
+        if path.stat().st_size > MAX_MANIFEST_SIZE:
+            raise FedlinkError(Reason.BAD_MANIFEST, f"the manifest of {what} is larger than {MAX_MANIFEST_SIZE} bytes")
+        manifest = Manifest.parse(path.read_bytes())
+        for f in manifest.files:
+            if f.blob.digest in here and here[f.blob.digest].size != f.blob.size:
+                raise FedlinkError(
+                    Reason.BAD_MANIFEST, f"file {f.name} of {what} has another size than its manifest says"
+                )
+        return manifest, [path_of(f.blob.digest, f"file {f.name}") for f in manifest.files]
+
+    @whole
+    async def take_in(self, import_id: bytes, name: str, ref: BlobRef) -> ModelRow:
+        """Turn the uploads of an import into a model; a repeat answers the same model.
+
+        Raises:
+            FedlinkError: MODEL_EXISTS, BLOB_MISSING, BAD_MANIFEST.
+        """
+        again = await self._db.run(lambda c: _same_model(c, name, ref))
+        uploads = await self._db.run(lambda c: task_queries.import_uploads(c, import_id))
+        if again is not None:
+            await self._db.run(lambda c: task_queries.delete_uploads(c, [u.id for u in uploads]))
+            await self.forget_uploads(uploads)
+            return again
+        async with self.blobs_lock:
+            manifest = await asyncio.to_thread(self._adopt_import, ref, uploads)
+
+            def work(c: Connection) -> ModelRow:
+                task_queries.delete_uploads(c, [u.id for u in uploads])
+                if (found := _same_model(c, name, ref)) is not None:
+                    return found
+                model_queries.insert_model(
+                    c,
+                    name=name,
+                    digest=ref.digest,
+                    manifest_size=ref.size,
+                    size=manifest.total_size,
+                    tensors=len(manifest.tensors),
+                    created=time.time(),
+                )
+                model_queries.add_refs(c, f"model:{name}", [ref.digest, *(f.blob.digest for f in manifest.files)])
+                row = model_queries.model(c, name)
+                assert row is not None
+                return row
+
+            row = await self._db.run(work)
+        await self.forget_uploads(uploads)
+        self._log.info("imported", model=name, size=row.size, tensors=row.tensors)
+        return row
+
+    def _adopt_import(self, ref: BlobRef, uploads: Sequence[UploadRow]) -> Manifest:
+        manifest, paths = self.uploaded_manifest(ref.digest, uploads, "the import")
+        if manifest.kind is not Kind.MODEL:
+            raise FedlinkError(Reason.BAD_MANIFEST, f"the manifest describes a {manifest.kind}, not a model")
+        for index, path in enumerate(paths):
+            try:
+                manifest.check_header(index, read_header(path))
+            except TensorError as e:
+                raise FedlinkError(Reason.BAD_MANIFEST, f"file {manifest.files[index].name}: {e}") from None
+        by_digest = {u.digest: u for u in uploads}
+        for blob in {f.blob for f in manifest.files} | {ref}:
+            upload = by_digest[blob.digest]
+            if not self._store.contains(blob.digest):
+                self._store.adopt(self._spool.path(upload.id), blob, self._spool.chunk_digests(upload.id))
+        return manifest
+
+    # --- What goes
+
+    async def retire(self, run_id: int) -> None:
+        """Delete what the run's retention does not keep, unless a task refers to it or it may yet be the best."""
+
+        def work(c: Connection) -> set[bytes]:
+            run = run_queries.run_by_id(c, run_id)
+            kept = run_queries.list_versions(c, run_id)
+            wanted = {v.number for v in kept[-run.parsed.retention.keep_versions :]} | {run.best_version}
+            wanted |= task_queries.versions_in_use(c, run_id)
+            if run.state in run_queries.LIVE_STATES:
+                wanted |= set(task_queries.versions_in_evaluation(c, run_id))
+            dropped: set[bytes] = set()
+            for v in kept:
+                if v.number not in wanted:
+                    run_queries.save_version(c, run_id, v.number, kept=False)
+                    dropped |= model_queries.drop_refs(c, version_owner(run_id, v.number))
+            return dropped
+
+        async with self.blobs_lock:
+            await self._collect(await self._db.run(work))
+
+    async def _collect(self, digests: Collection[bytes]) -> None:
+        """Delete those of these blobs that nobody needs; `blobs_lock` is held."""
+        garbage = set(digests) - await self._db.run(lambda c: model_queries.needed_of(c, digests))
+
+        def work() -> None:
+            for digest in garbage:
+                self._store.delete(digest)
+
+        await asyncio.to_thread(work)
+
+    async def forget_uploads(self, uploads: Iterable[UploadRow]) -> None:
+        """Delete the bytes of uploads whose rows are gone."""
+        ids = [u.id for u in uploads]
+
+        def work() -> None:
+            for upload_id in ids:
+                self._spool.delete(upload_id)
+
+        await asyncio.to_thread(work)
+
+    async def find(self, name: str) -> tuple[str, BlobRef, VersionRow | ModelRow]:
+        """A model by "NAME", "RUN@VERSION" or "RUN" (its newest version).
+
+        Returns:
+            The full name, the manifest and the row.
+
+        Raises:
+            FedlinkError: MODEL_NOT_FOUND, naming what there is instead.
+        """
+        run_name, at, number = name.partition("@")
+        if at and not (number.isascii() and number.isdigit() and len(number) < 10):
+            raise FedlinkError(Reason.MODEL_NOT_FOUND, f"{name!r} is not MODEL, RUN or RUN@VERSION")
+
+        def work(c: Connection) -> tuple[str, ModelRow | VersionRow] | list[int] | None:
+            if not at and (row := model_queries.model(c, name)):
+                return name, row
+            run = run_queries.run_by_name(c, run_name)
+            if run is None:
+                return None
+            version = run_queries.version(c, run.id, int(number) if at else run.version)
+            if version is None or not version.kept:
+                return [v.number for v in run_queries.list_versions(c, run.id)]
+            return f"{run.name}@{version.number}", version
+
+        found = await self._db.run(work)
+        if found is None:
+            raise FedlinkError(
+                Reason.MODEL_NOT_FOUND, f"there is no model or run {run_name!r}; see `fedserver model list`"
+            )
+        if isinstance(found, list):
+            kept = ", ".join(f"{run_name}@{n}" for n in found)
+            raise FedlinkError(Reason.MODEL_NOT_FOUND, f"{name!r} is not kept; there is {kept}")
+        return found[0], found[1].manifest, found[1]
+
+
+def _same_model(c: Connection, name: str, ref: BlobRef) -> ModelRow | None:
+    """The model that an import made before, if its name is not free.
+
+    Raises:
+        FedlinkError: MODEL_EXISTS.
+    """
+    model = model_queries.model(c, name)
+    if model is not None and model.digest == ref.digest:
+        return model
+    if model is not None or run_queries.run_by_name(c, name) is not None:
+        raise FedlinkError(Reason.MODEL_EXISTS, f"there is a model or run named {name!r} already; choose another name")
+    return None

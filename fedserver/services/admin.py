@@ -1,0 +1,262 @@
+"""AdminService: what operators call, on a listener of its own (admin_service.proto is the specification)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import TypeVar
+
+from google.protobuf.message import Message
+from sqlalchemy import Connection
+
+from fedlink.blobs import MAX_MESSAGE_BYTES
+from fedlink.config import check_name
+from fedlink.errors import FedlinkError, Reason
+from fedlink.manifest import ref_from_pb
+from fedlink.v1 import admin_service_pb2 as pb
+from fedlink.v1 import admin_service_pb2_grpc as pb_grpc
+from fedserver.runtime import records
+from fedserver.runtime.board import TaskBoard
+from fedserver.runtime.engine import Engine
+from fedserver.runtime.events import EventFeed
+from fedserver.runtime.sites import SiteRegistry
+from fedserver.runtime.versions import Versions
+from fedserver.services import views
+from fedserver.services.identity import operator
+from fedserver.services.status import Context, translated
+from fedserver.store.database import Database
+from fedserver.store.queries import models as model_queries
+from fedserver.store.queries import runs as q
+from fedserver.store.queries import tasks as task_queries
+from fedserver.store.rows import RoundRow, RunRow, VersionRow
+
+_MAX_PAGE = 1000
+_DEFAULT_PAGE = 100
+_PAGE_BYTES = MAX_MESSAGE_BYTES - (64 << 10)
+
+M = TypeVar("M", bound=Message)
+
+
+class AdminServicer(pb_grpc.AdminServiceServicer):
+    """The calls of an operator."""
+
+    def __init__(
+        self,
+        *,
+        database: Database,
+        engine: Engine,
+        sites: SiteRegistry,
+        board: TaskBoard,
+        versions: Versions,
+        feed: EventFeed,
+    ) -> None:
+        self._db = database
+        self._engine = engine
+        self._sites = sites
+        self._board = board
+        self._versions = versions
+        self._feed = feed
+
+    # --- Runs
+
+    @translated
+    async def CreateRun(self, request: pb.CreateRunRequest, context: Context) -> pb.CreateRunResponse:
+        """See the .proto."""
+        await operator(context)
+        row = await self._engine.create(request.spec_json, request.request_id)
+        return pb.CreateRunResponse(run=self._run(row))
+
+    @translated
+    async def GetRun(self, request: pb.GetRunRequest, context: Context) -> pb.GetRunResponse:
+        """See the .proto."""
+        await operator(context)
+        return pb.GetRunResponse(run=self._run(await self._engine.find(request.run)))
+
+    @translated
+    async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsResponse:
+        """See the .proto."""
+        await operator(context)
+        after, limit = _page(request.page_size, request.page_token)
+        rows = await self._db.run(lambda c: q.list_runs(c, after=after, limit=limit))
+        runs = _fitting([self._run(r) for r in rows])
+        token = str(rows[len(runs) - 1].id) if len(runs) < len(rows) or len(rows) == limit else ""
+        return pb.ListRunsResponse(runs=runs, next_page_token=token)
+
+    @translated
+    async def WatchRun(self, request: pb.WatchRunRequest, context: Context) -> AsyncIterator[pb.WatchRunResponse]:
+        """See the .proto."""
+        await operator(context)
+        run = await self._engine.find(request.run)
+        # Told at once that the call is accepted: the first event may be hours away.
+        await context.send_initial_metadata(())
+        async for row in self._feed.follow(run.id, request.after_sequence):
+            yield views.event_message(row.sequence, row.time, row.kind, row.data)
+
+    @translated
+    async def PauseRun(self, request: pb.PauseRunRequest, context: Context) -> pb.PauseRunResponse:
+        """See the .proto."""
+        await operator(context)
+        await (await self._engine.live(request.run)).set_paused(paused=True)
+        return pb.PauseRunResponse(run=self._run(await self._engine.find(request.run)))
+
+    @translated
+    async def ResumeRun(self, request: pb.ResumeRunRequest, context: Context) -> pb.ResumeRunResponse:
+        """See the .proto."""
+        await operator(context)
+        await (await self._engine.live(request.run)).set_paused(paused=False)
+        return pb.ResumeRunResponse(run=self._run(await self._engine.find(request.run)))
+
+    @translated
+    async def StopRun(self, request: pb.StopRunRequest, context: Context) -> pb.StopRunResponse:
+        """See the .proto."""
+        await operator(context)
+        row = await self._engine.find(request.run)
+        # A repeat finds the run stopped, and that is what was asked for.
+        if row.state != "stopped":
+            await (await self._engine.live(request.run)).stop()
+        return pb.StopRunResponse(run=self._run(await self._engine.find(request.run)))
+
+    @translated
+    async def ExtendRun(self, request: pb.ExtendRunRequest, context: Context) -> pb.ExtendRunResponse:
+        """See the .proto."""
+        await operator(context)
+        return pb.ExtendRunResponse(run=self._run(await self._engine.extend(request.run, request.rounds)))
+
+    # --- Rounds
+
+    @translated
+    async def ListRounds(self, request: pb.ListRoundsRequest, context: Context) -> pb.ListRoundsResponse:
+        """See the .proto."""
+        await operator(context)
+        run = await self._engine.find(request.run)
+        after, limit = _page(request.page_size, request.page_token)
+        rows = await self._db.run(lambda c: q.list_rounds(c, run.id, after=after, limit=limit))
+        rounds = _fitting([await self._round(run, row) for row in rows])
+        token = str(rows[len(rounds) - 1].number) if len(rounds) < len(rows) or len(rows) == limit else ""
+        return pb.ListRoundsResponse(rounds=rounds, next_page_token=token)
+
+    @translated
+    async def GetRound(self, request: pb.GetRoundRequest, context: Context) -> pb.GetRoundResponse:
+        """See the .proto."""
+        await operator(context)
+        run = await self._engine.find(request.run)
+        row = await self._db.run(lambda c: q.newest_round(c, run.id, request.number))
+        if row is None:
+            raise FedlinkError(
+                Reason.ROUND_NOT_FOUND, f"run {run.name!r} has no round {request.number}; see `fedserver round list`"
+            )
+        return pb.GetRoundResponse(round=await self._round(run, row))
+
+    @translated
+    async def CloseRound(self, request: pb.CloseRoundRequest, context: Context) -> pb.CloseRoundResponse:
+        """See the .proto."""
+        await operator(context)
+        driver = await self._engine.live(request.run)
+        await driver.close_round()
+        row = await self._db.run(lambda c: q.newest_round(c, driver.row.id))
+        assert row is not None
+        return pb.CloseRoundResponse(round=await self._round(driver.row, row))
+
+    # --- Clients
+
+    @translated
+    async def AddClient(self, request: pb.AddClientRequest, context: Context) -> pb.AddClientResponse:
+        """See the .proto."""
+        await operator(context)
+        return pb.AddClientResponse(token=await self._sites.add(request.name, rotate=request.rotate))
+
+    @translated
+    async def ListClients(self, request: pb.ListClientsRequest, context: Context) -> pb.ListClientsResponse:
+        """See the .proto."""
+        await operator(context)
+        after, limit = _page(request.page_size, request.page_token)
+        page = self._sites.all()[after : after + limit]
+        clients = _fitting([views.client_message(s, connected=self._sites.connected(s)) for s in page])
+        token = str(after + len(clients)) if len(clients) < len(page) or len(page) == limit else ""
+        return pb.ListClientsResponse(clients=clients, next_page_token=token)
+
+    @translated
+    async def RevokeClient(self, request: pb.RevokeClientRequest, context: Context) -> pb.RevokeClientResponse:
+        """See the .proto."""
+        await operator(context)
+        await self._sites.revoke(request.name)
+        await self._engine.revoke(request.name)
+        return pb.RevokeClientResponse()
+
+    # --- Models
+
+    @translated
+    async def ImportModel(self, request: pb.ImportModelRequest, context: Context) -> pb.ImportModelResponse:
+        """See the .proto."""
+        await operator(context)
+        try:
+            check_name(request.name)
+        except ValueError as e:
+            raise FedlinkError(Reason.BAD_NAME, str(e)) from None
+        row = await self._versions.take_in(request.import_id, request.name, ref_from_pb(request.manifest))
+        return pb.ImportModelResponse(model=views.model_message(row.name, row))
+
+    @translated
+    async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
+        """See the .proto."""
+        await operator(context)
+        after, limit = _page(request.page_size, request.page_token)
+        models = await self._db.run(_all_models)
+        page = _fitting(models[after : after + limit])
+        token = str(after + len(page)) if after + len(page) < len(models) else ""
+        return pb.ListModelsResponse(models=page, next_page_token=token)
+
+    @translated
+    async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
+        """See the .proto."""
+        await operator(context)
+        name, _, row = await self._versions.find(request.name)
+        best = False
+        if isinstance(row, VersionRow):
+            run = await self._db.run(lambda c: q.run_by_id(c, row.run_id))
+            best = run.best_version == row.number
+        return pb.GetModelResponse(model=views.model_message(name, row, best=best))
+
+    # --- Parts
+
+    def _run(self, row: RunRow) -> pb.Run:
+        driver = self._engine.driver(row.id)
+        return views.run_message(row, driver.waiting() if driver else "")
+
+    async def _round(self, run: RunRow, row: RoundRow) -> pb.Round:
+        def work(c: Connection) -> pb.Round:
+            train = task_queries.round_tasks(c, run.id, row.number, row.attempt)
+            committed = row.phase == "committed"
+            tasks = train + (task_queries.evaluation_tasks(c, run.id, row.number) if committed else [])
+            version = q.version(c, run.id, row.number) if committed else None
+            out = views.round_message(run.name, row, tasks, version, live)
+            out.bytes_down = records.bytes_down(c, run.id, train, row.number - 1)
+            return out
+
+        live = {t.row.id: t for t in self._board.of_run(run.id)}
+        return await self._db.run(work)
+
+
+def _all_models(c: Connection) -> list[pb.Model]:
+    found = [views.model_message(m.name, m) for m in model_queries.list_models(c)]
+    for run in q.list_runs(c):
+        for v in q.list_versions(c, run.id):
+            found.append(views.model_message(f"{run.name}@{v.number}", v, best=v.number == run.best_version))  # noqa: PERF401
+    return found
+
+
+def _fitting(messages: Sequence[M]) -> list[M]:
+    """As many of these, at least one, as one answer has room for."""
+    room = _PAGE_BYTES
+    out: list[M] = []
+    for message in messages:
+        room -= message.ByteSize()
+        if out and room < 0:
+            break
+        out.append(message)
+    return out
+
+
+def _page(size: int, token: str) -> tuple[int, int]:
+    if size > _MAX_PAGE or (token and not (token.isascii() and token.isdigit())) or len(token) > 18:
+        raise FedlinkError(Reason.BAD_PAGE, f"page_size is at most {_MAX_PAGE}, page_token is from the page before")
+    return int(token or 0), size or _DEFAULT_PAGE

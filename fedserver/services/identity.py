@@ -1,0 +1,66 @@
+"""Who is calling: from the metadata of a call to a name with rights."""
+
+from __future__ import annotations
+
+from fedlink.errors import FedlinkError, Reason
+from fedlink.rpc import META_AUTHORIZATION, META_CLIENT, META_SESSION, metadata_value
+from fedserver.runtime.access import Caller
+from fedserver.runtime.sites import Site, SiteRegistry
+from fedserver.services.status import Context
+
+_BEARER = "Bearer "
+_MAX_TOKEN = 256
+
+
+class SiteIdentity:
+    """Callers on the sites' listener."""
+
+    def __init__(self, sites: SiteRegistry) -> None:
+        self._sites = sites
+
+    def name(self, context: Context) -> str:
+        """The name of the calling site, by its credential.
+
+        Raises:
+            FedlinkError: BAD_CREDENTIALS, BAD_NAME.
+        """
+        metadata = _metadata(context)
+        name, authorization = metadata_value(metadata, META_CLIENT), metadata_value(metadata, META_AUTHORIZATION)
+        if not isinstance(name, str) or not name:
+            raise FedlinkError(Reason.BAD_CREDENTIALS, f"the call has no metadata {META_CLIENT!r} to say who calls")
+        token = None
+        if authorization is not None:
+            text = str(authorization)
+            if not text.startswith(_BEARER) or len(text) > _MAX_TOKEN:
+                raise FedlinkError(Reason.BAD_CREDENTIALS, "authorization is not `Bearer TOKEN`")
+            token = text.removeprefix(_BEARER)
+        return self._sites.authenticate(name, token)
+
+    def site(self, context: Context) -> Site:
+        """The calling site, by its credential and session; it is hereby seen.
+
+        Raises:
+            FedlinkError: BAD_CREDENTIALS, SESSION_UNKNOWN, SESSION_REPLACED.
+        """
+        session = metadata_value(_metadata(context), META_SESSION)
+        return self._sites.check_session(self.name(context), session if isinstance(session, bytes) else b"")
+
+    async def caller(self, context: Context) -> Caller:
+        """The calling site, for the blob service."""
+        return Caller(self.site(context).name, operator=False)
+
+
+async def operator(context: Context) -> Caller:
+    """The caller on the operators' listener, which the file system protects.
+
+    Raises:
+        FedlinkError: NOT_AN_OPERATOR for a call that carries a site's credential.
+    """
+    metadata = _metadata(context)
+    if any(metadata_value(metadata, key) is not None for key in (META_AUTHORIZATION, META_CLIENT, META_SESSION)):
+        raise FedlinkError(Reason.NOT_AN_OPERATOR, "a site's credential gives no right to operate the server")
+    return Caller("operator", operator=True)
+
+
+def _metadata(context: Context) -> list[tuple[str, str | bytes]]:
+    return [(str(key), value) for key, value in context.invocation_metadata() or ()]

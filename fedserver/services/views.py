@@ -1,0 +1,117 @@
+"""Rows as the messages that operators see."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from fedlink.v1 import admin_service_pb2 as pb
+from fedlink.v1 import types_pb2
+from fedserver.runtime.board import OpenTask
+from fedserver.runtime.sites import Site
+from fedserver.store.rows import ModelRow, RoundRow, RunRow, TaskRow, VersionRow
+
+
+def timestamp(seconds: float) -> Timestamp:
+    """A time as a message."""
+    out = Timestamp()
+    out.FromMilliseconds(int(seconds * 1000))
+    return out
+
+
+def run_message(row: RunRow, waiting: str) -> pb.Run:
+    """A run."""
+    out = pb.Run(
+        name=row.name,
+        spec_json=row.spec,
+        state=pb.RunState.Value(f"RUN_STATE_{row.state.upper()}"),
+        version=row.version,
+        rounds=row.rounds,
+        best_version=row.best_version,
+        waiting=waiting,
+        reason=row.reason,
+        created=timestamp(row.created),
+    )
+    if row.ended is not None:
+        out.ended.CopyFrom(timestamp(row.ended))
+    return out
+
+
+def round_message(
+    run: str, row: RoundRow, tasks: Sequence[TaskRow], version: VersionRow | None, live: Mapping[int, OpenTask]
+) -> pb.Round:
+    """A round with its tasks; `live` holds those that are open, by id."""
+    out = pb.Round(
+        run=run,
+        number=row.number,
+        phase=row.phase,
+        attempt=row.attempt,
+        opened=timestamp(row.opened),
+        reason=row.reason,
+    )
+    if row.closed is not None:
+        out.closed.CopyFrom(timestamp(row.closed))
+    for task in tasks:
+        out.tasks.append(task_message(task, live.get(task.id)))
+        if task.kind == "train":
+            out.bytes_up += live[task.id].bytes_up if task.id in live else task.bytes_up
+    if version is not None:
+        out.metrics.update(version.means)
+    return out
+
+
+def task_message(row: TaskRow, live: OpenTask | None) -> pb.TaskRecord:
+    """A task and its fate."""
+    state = live.state if live else row.state
+    out = pb.TaskRecord(
+        client=row.client,
+        kind=row.kind,
+        state=types_pb2.TaskState.Value(f"TASK_STATE_{state.upper()}"),
+        attempt=row.attempt,
+        reason=row.reason,
+        message=row.message,
+        num_examples=row.num_examples,
+        steps=row.steps,
+        compute_seconds=row.compute_seconds,
+        metrics=live.metrics if live else row.values,
+        update_digest=row.update_digest or b"",
+        issued=timestamp(row.issued),
+    )
+    if row.ended is not None:
+        out.ended.CopyFrom(timestamp(row.ended))
+    return out
+
+
+def client_message(site: Site, *, connected: bool) -> pb.Client:
+    """A site."""
+    out = pb.Client(
+        name=site.name,
+        has_token=site.row.token_hash is not None,
+        revoked=site.row.revoked,
+        connected=connected,
+        workloads=sorted(site.offers),
+        software_version=site.registration.software_version[:64],
+        devices=site.registration.devices,
+    )
+    if site.last_seen:
+        out.last_seen.CopyFrom(timestamp(site.last_seen))
+    return out
+
+
+def model_message(name: str, row: ModelRow | VersionRow, *, best: bool = False) -> pb.Model:
+    """An imported model, or a version."""
+    return pb.Model(
+        name=name,
+        manifest=types_pb2.BlobRef(digest=row.manifest.digest, size=row.manifest.size),
+        size=row.size,
+        tensors=row.tensors,
+        metrics=row.means if isinstance(row, VersionRow) else {},
+        best=best,
+        created=timestamp(row.created),
+    )
+
+
+def event_message(sequence: int, time: float, kind: str, data: str) -> pb.WatchRunResponse:
+    """An event."""
+    return pb.WatchRunResponse(sequence=sequence, time=timestamp(time), kind=kind, data_json=data)

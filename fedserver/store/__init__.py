@@ -1,0 +1,1 @@
+"""What the server keeps: one database (tables, queries, migrations) and the bytes (blobs, spool)."""

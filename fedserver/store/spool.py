@@ -1,0 +1,379 @@
+"""Uploads on their way in: slots on the local disk.
+
+    spool/<upload id>/state    magic, digest, size, committed mark
+    spool/<upload id>/chunks   32 bytes for each chunk
+    spool/<upload id>/data     the bytes; preallocated
+    spool/.free/               data files of deleted slots, to be written again
+
+A chunk is checked against the list, written, and only then does the mark move, by one
+8-byte write; nothing is synced. So whatever was acknowledged survives SIGKILL at any
+instant, and after a power loss `reverify` finds what is really there. A slot appears and
+disappears by one rename. Everything here blocks on the disk; call it from a thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+import shutil
+import struct
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedlink.blobs import (
+    CHUNK_SIZE,
+    DIGEST_SIZE,
+    BlobRef,
+    Buffer,
+    chunk_digest,
+    chunk_spans,
+    first_bad_chunk,
+    is_list_of,
+)
+from fedlink.errors import FedlinkError, Reason
+from fedlink.files import read_at, write_at
+from fedserver.store.disk import disk_full, full_disk_named
+
+UPLOAD_ID_SIZE = 16
+"""Bytes in an upload's id."""
+
+_STATE = struct.Struct("<8s32sQQ")
+_MAGIC = b"FLSPOOL1"
+_MARK_OFFSET = 48
+_NEW, _OLD, _FREE = ".new-", ".old-", ".free"
+_LOCKS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    directory: Path
+    ref: BlobRef
+    committed: int
+
+    @property
+    def data(self) -> Path:
+        return self.directory / "data"
+
+    @property
+    def chunks(self) -> Path:
+        return self.directory / "chunks"
+
+    def mark(self, committed: int) -> None:
+        with _opened(self.directory / "state", os.O_WRONLY) as fd:
+            write_at(fd, committed.to_bytes(8, "little"), _MARK_OFFSET)
+
+
+class Spool:
+    """Upload slots in a directory. One process; any thread.
+
+    What an interrupted `create` or `delete` left behind goes at construction.
+
+    Args:
+        root: the directory.
+        reserve: bytes of the disk that stay free: no slot is created beyond that.
+        recycle: bytes of deleted slots kept to be written again, which costs half of writing new files; their old
+            content is not readable through the spool.
+    """
+
+    def __init__(self, root: Path, *, reserve: int = 256 << 20, recycle: int = 0) -> None:
+        self._root = root
+        self._reserve = reserve
+        self._recycle = recycle
+        self._locks = tuple(threading.Lock() for _ in range(_LOCKS))
+        self._free = root / _FREE
+        self._free.mkdir(parents=True, exist_ok=True)
+        for path in root.iterdir():
+            if path.name.startswith((_NEW, _OLD)):
+                shutil.rmtree(path)
+
+    def create(self, upload_id: bytes, ref: BlobRef, chunk_digests: bytes) -> None:
+        """Open a slot with room for a blob; nothing happens if it is there already.
+
+        Raises:
+            FedlinkError: DISK_FULL; DIGEST_MISMATCH, if the list does not give the digest, or the id stands for
+                another blob.
+        """
+        with self._lock(upload_id):
+            if not self._exists(upload_id, ref):
+                with self._new_slot(upload_id, ref, chunk_digests, committed=0) as directory:
+                    self._allocate(directory / "data", ref)
+
+    def link(self, upload_id: bytes, source: Path, ref: BlobRef, chunk_digests: bytes) -> None:
+        """Open a slot that is complete from the start, with the bytes of a file here (linked, or else copied).
+
+        Raises:
+            FedlinkError: as for `create`.
+        """
+        with self._lock(upload_id):
+            if self._exists(upload_id, ref):
+                return
+            with self._new_slot(upload_id, ref, chunk_digests, committed=ref.size) as directory:
+                try:
+                    (directory / "data").hardlink_to(source)
+                except OSError:
+                    # Another file system, or one without links.
+                    self._check_room(ref)
+                    shutil.copyfile(source, directory / "data")
+
+    def append(self, upload_id: bytes, offset: int, chunks: Sequence[Buffer]) -> int:
+        """Check and write whole chunks at the committed mark, then move the mark; where it is now.
+
+        On any error the good chunks before the bad one are kept.
+
+        Raises:
+            FedlinkError: UPLOAD_NOT_FOUND, DISK_FULL; with the mark in metadata "committed_size" OFFSET_MISMATCH
+                (`offset` is not the mark), CHUNK_SIZE (not one whole chunk), CHUNK_CORRUPT (not what the list says).
+        """
+        with self._lock(upload_id):
+            slot = self._slot(upload_id)
+            if offset != slot.committed:
+                raise offset_mismatch(offset, slot.committed)
+            first = offset // CHUNK_SIZE
+            digests = memoryview(bytearray(DIGEST_SIZE * len(chunks)))
+            end = offset
+            with _opened(slot.chunks, os.O_RDONLY) as fd:
+                known = digests[: max(0, os.fstat(fd).st_size - first * DIGEST_SIZE)]
+                read_at(fd, known, first * DIGEST_SIZE)
+            try:
+                with _opened(slot.data, os.O_WRONLY) as fd, full_disk_named(f"blob {slot.ref}"):
+                    for chunk, digest in zip(chunks, _entries(digests), strict=True):
+                        _check_chunk(slot.ref, end, chunk, digest)
+                        write_at(fd, chunk, end)
+                        end += len(chunk)
+            finally:
+                if end > offset:
+                    slot.mark(end)
+            return end
+
+    def committed(self, upload_id: bytes) -> int:
+        """Bytes from 0 on that are here and right.
+
+        Raises:
+            FedlinkError: UPLOAD_NOT_FOUND.
+        """
+        return self._slot(upload_id).committed
+
+    def complete(self, upload_id: bytes) -> bool:
+        """Whether the whole blob is here; False also if there is no such slot."""
+        try:
+            slot = self._slot(upload_id)
+        except FedlinkError:
+            return False
+        return slot.committed == slot.ref.size
+
+    def ref(self, upload_id: bytes) -> BlobRef:
+        """The blob a slot is for.
+
+        Raises:
+            FedlinkError: UPLOAD_NOT_FOUND.
+        """
+        return self._slot(upload_id).ref
+
+    def chunk_digests(self, upload_id: bytes) -> bytes:
+        """32 bytes for each chunk.
+
+        Raises:
+            FedlinkError: UPLOAD_NOT_FOUND.
+        """
+        return self._slot(upload_id).chunks.read_bytes()
+
+    def path(self, upload_id: bytes) -> Path:
+        """Where the slot's bytes lie, if there is one.
+
+        A `BlobStore` may adopt the file when it is complete; then only `delete` is left to do with the slot.
+
+        Raises:
+            FedlinkError: UPLOAD_NOT_FOUND, for what is not an id.
+        """
+        return self._directory(upload_id) / "data"
+
+    def ids(self) -> Iterator[bytes]:
+        """The ids of all slots, in no order."""
+        for path in self._root.iterdir():
+            # Anything else in the directory is not ours to judge.
+            if re.fullmatch(r"[0-9a-f]{32}", path.name):
+                yield bytes.fromhex(path.name)
+
+    def delete(self, upload_id: bytes) -> None:
+        """Remove a slot; nothing happens if there is none."""
+        with self._lock(upload_id):
+            self._remove(self._directory(upload_id))
+
+    def reverify(self, upload_id: bytes) -> int:
+        """Hash a slot again and set the mark to the first byte that is not right; where it is now.
+
+        For the start after a power loss. A slot that is damaged beyond use is deleted.
+
+        Raises:
+            FedlinkError: UPLOAD_NOT_FOUND.
+        """
+        with self._lock(upload_id):
+            directory = self._directory(upload_id)
+            try:
+                slot = self._slot(upload_id)
+            except FedlinkError:
+                self._remove(directory)
+                raise
+            digests = slot.chunks.read_bytes()
+            if not is_list_of(digests, slot.ref):
+                self._remove(directory)
+                raise _not_found(upload_id)
+            with _opened(slot.data, os.O_RDWR) as fd:
+                good = _good_bytes(fd, slot.committed, digests)
+                if os.fstat(fd).st_size != slot.ref.size:
+                    os.truncate(fd, slot.ref.size)
+            if good != slot.committed:
+                slot.mark(good)
+            return good
+
+    def _lock(self, upload_id: bytes) -> threading.Lock:
+        return self._locks[hash(upload_id) % _LOCKS]
+
+    def _directory(self, upload_id: bytes) -> Path:
+        if len(upload_id) != UPLOAD_ID_SIZE:
+            raise _not_found(upload_id)
+        return self._root / upload_id.hex()
+
+    def _slot(self, upload_id: bytes) -> _Slot:
+        directory = self._directory(upload_id)
+        try:
+            magic, digest, size, committed = _STATE.unpack((directory / "state").read_bytes())
+        except (FileNotFoundError, struct.error):
+            raise _not_found(upload_id) from None
+        slot = _Slot(directory, BlobRef(digest, size), committed)
+        if magic != _MAGIC or committed > size or not slot.data.exists():
+            raise _not_found(upload_id)
+        return slot
+
+    def _exists(self, upload_id: bytes, ref: BlobRef) -> bool:
+        try:
+            slot = self._slot(upload_id)
+        except FedlinkError:
+            return False
+        if slot.ref != ref:
+            raise FedlinkError(
+                Reason.DIGEST_MISMATCH, f"Upload {upload_id.hex()} is for blob {slot.ref} and not {ref}; start another."
+            )
+        return True
+
+    @contextlib.contextmanager
+    def _new_slot(self, upload_id: bytes, ref: BlobRef, chunk_digests: bytes, *, committed: int) -> Iterator[Path]:
+        if not is_list_of(chunk_digests, ref):
+            raise FedlinkError(Reason.DIGEST_MISMATCH, f"The chunk list does not give blob {ref}; hash the file again.")
+        final = self._directory(upload_id)
+        directory = self._root / f"{_NEW}{secrets.token_hex(8)}"
+        directory.mkdir()
+        try:
+            with full_disk_named(f"blob {ref}"):
+                (directory / "state").write_bytes(_STATE.pack(_MAGIC, ref.digest, ref.size, committed))
+                (directory / "chunks").write_bytes(chunk_digests)
+                yield directory
+                self._remove(final)
+                directory.rename(final)
+        except BaseException:
+            shutil.rmtree(directory)
+            raise
+
+    def _check_room(self, ref: BlobRef) -> None:
+        if shutil.disk_usage(self._root).free < ref.size + self._reserve:
+            raise disk_full(f"blob {ref}")
+
+    def _allocate(self, data: Path, ref: BlobRef) -> None:
+        recycled = self._recycled(ref.size)
+        if recycled:
+            with contextlib.suppress(FileNotFoundError):
+                recycled.rename(data)
+        have = data.stat().st_size if data.exists() else 0
+        if have < ref.size:
+            self._check_room(BlobRef(ref.digest, ref.size - have))
+        with _opened(data, os.O_RDWR | os.O_CREAT) as fd:
+            os.truncate(fd, ref.size)
+            if have < ref.size and hasattr(os, "posix_fallocate"):
+                try:
+                    os.posix_fallocate(fd, 0, ref.size)
+                except OSError as e:
+                    # A file system that cannot promise room says so when a chunk is written.
+                    if e.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                        raise
+
+    def _recycled(self, size: int) -> Path | None:
+        """The free file nearest in size."""
+        candidates = []
+        for path in self._free.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                candidates.append((abs(path.stat().st_size - size), path))
+        return min(candidates)[1] if candidates and size else None
+
+    def _remove(self, directory: Path) -> None:
+        old = self._root / f"{_OLD}{secrets.token_hex(8)}"
+        try:
+            directory.rename(old)
+        except FileNotFoundError:
+            return
+        with contextlib.suppress(FileNotFoundError):
+            self._keep_free(old / "data")
+        shutil.rmtree(old)
+
+    def _keep_free(self, data: Path) -> None:
+        status = data.stat()
+        held = sum(path.stat().st_size for path in self._free.iterdir())
+        # A linked file's bytes are a blob's: they must never be written over.
+        if status.st_nlink == 1 and 0 < status.st_size <= self._recycle - held:
+            data.rename(self._free / secrets.token_hex(8))
+
+
+def offset_mismatch(offset: int, committed: int) -> FedlinkError:
+    """The error for a chunk that does not begin where the upload goes on."""
+    return FedlinkError(
+        Reason.OFFSET_MISMATCH,
+        f"The chunk begins at {offset}, but the upload goes on at {committed}.",
+        metadata={"committed_size": str(committed)},
+    )
+
+
+def _check_chunk(ref: BlobRef, offset: int, chunk: Buffer, digest: memoryview) -> None:
+    expected = min(CHUNK_SIZE, ref.size - offset)
+    metadata = {"committed_size": str(offset)}
+    if len(chunk) != expected or not chunk:
+        text = f"A message has {len(chunk)} bytes at {offset} of blob {ref}, where a whole chunk has {expected}."
+        raise FedlinkError(Reason.CHUNK_SIZE, text, metadata=metadata)
+    if chunk_digest(chunk) != digest:
+        text = f"The chunk at {offset} of blob {ref} does not match its digest; send it again."
+        raise FedlinkError(Reason.CHUNK_CORRUPT, text, metadata=metadata)
+
+
+def _good_bytes(fd: int, committed: int, digests: bytes) -> int:
+    """The offset of the first chunk before the mark that is not as the list says; the mark if all are."""
+    buffer = memoryview(bytearray(CHUNK_SIZE))
+    for offset, length in chunk_spans(0, committed):
+        try:
+            read_at(fd, buffer[:length], offset)
+        except EOFError:
+            return offset
+        if first_bad_chunk(buffer[:length], offset, digests) is not None:
+            return offset
+    return committed
+
+
+def _entries(digests: memoryview) -> Iterator[memoryview]:
+    return (digests[at : at + DIGEST_SIZE] for at in range(0, len(digests), DIGEST_SIZE))
+
+
+@contextlib.contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _not_found(upload_id: bytes) -> FedlinkError:
+    return FedlinkError(
+        Reason.UPLOAD_NOT_FOUND, f"There is no upload {upload_id.hex()[:32]} of yours; call StartUpload again."
+    )

@@ -1,0 +1,639 @@
+"""Runs, rounds and recovery against a real database, blob store and spool; only the sockets are missing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedlink.blobs import ref_of
+from fedlink.errors import FedlinkError, Reason
+from fedlink.transfer import TaskPurpose
+from fedserver.rounds.model import Phase, TaskState
+from fedserver.runtime.access import Caller
+from fedserver.store.queries import models as model_queries
+from fedserver.store.queries import runs as run_queries
+from fedserver.store.queries import tasks as task_queries
+from fedserver.store.rows import RunRow
+from tests.support.server import OPERATOR, Server, server
+from tests.support.shards import read_safetensors
+
+QUIET = {"evaluation": {"enabled": False}}
+TWO = {"cohort": {"min_clients": 2}}
+ONE = {"cohort": {"min_clients": 1}}
+
+
+@pytest.fixture
+async def fed(tmp_path: Path) -> AsyncIterator[Server]:
+    async with server(tmp_path / "data") as made:
+        await made.import_model()
+        yield made
+
+
+async def weights(fed: Server, run: RunRow, version: int) -> list[float]:
+    _, ref, _ = await fed.parts.versions.find(f"{run.name}@{version}")
+    (path,) = fed.parts.versions.files_of(ref.digest).files
+    return np.frombuffer(read_safetensors(path)["w"][2], np.float32).tolist()
+
+
+def spooled(fed: Server) -> int:
+    return len(list(fed.spool.ids()))
+
+
+async def stored_is_needed(fed: Server) -> bool:
+    needed = await fed.database.run(model_queries.needed)
+    return set(fed.store.digests()) == needed
+
+
+# --- A round
+
+
+async def test_a_round_from_tasks_to_a_version(fed: Server):
+    await fed.join("a", "b")
+    run = await fed.create(**TWO, **QUIET)
+    a, b = await fed.task("a"), await fed.task("b")
+    assert "waits for a" in fed.driver(run).waiting()
+    assert (await fed.complete(a, await fed.send(a, (1.0, 0.0)), examples=30)).accepted
+    assert (await fed.complete(b, await fed.send(b, (0.0, 4.0)), examples=10)).accepted
+    after = await fed.ended(run)
+    assert (after.state, after.version, after.reason) == ("completed", 1, "all rounds are done")
+    assert await weights(fed, run, 1) == [1.75, 3.0]
+    assert spooled(fed) == 0
+    await fed.until(lambda: stored_is_needed(fed), "nothing stored in vain")
+    assert await fed.events(run) == [
+        "run_created",
+        "round_started",
+        "task_accepted",
+        "task_accepted",
+        "round_closed",
+        "round_committed",
+        "run_ended",
+    ]
+
+
+async def test_a_repeat_gives_the_same_verdict_and_other_content_none(fed: Server):
+    await fed.join("a", "b")
+    run = await fed.create(**TWO, **QUIET)
+    a = await fed.task("a")
+    update = await fed.send(a)
+    first, second = await asyncio.gather(fed.complete(a, update), fed.complete(a, update))
+    assert first == second == await fed.complete(a, update)
+    with pytest.raises(FedlinkError) as e:
+        await fed.complete(a, update, examples=11)
+    assert e.value.reason is Reason.TASK_COMPLETED
+    assert [t.state for t in await fed.tasks(run)] == ["accepted", "pending"]
+
+
+async def test_two_results_at_once_for_one_task_are_not_mixed_up(fed: Server):
+    await fed.join("a", "b")
+    await fed.create(**TWO, **QUIET)
+    a = await fed.task("a")
+    update = await fed.send(a)
+    outcomes = await asyncio.gather(
+        fed.complete(a, update, examples=10), fed.complete(a, update, examples=11), return_exceptions=True
+    )
+    assert sorted(type(o).__name__ for o in outcomes) == ["FedlinkError", "Verdict"]
+
+
+async def test_what_is_missing_may_be_sent_and_the_task_goes_on(fed: Server):
+    await fed.join("a")
+    run = await fed.create(**ONE, **QUIET)
+    a = await fed.task("a")
+    unknown = ref_of(b"never sent")
+    with pytest.raises(FedlinkError) as e:
+        await fed.complete(a, unknown)
+    assert e.value.reason is Reason.BLOB_MISSING
+    assert a.state is TaskState.RUNNING
+    assert (await fed.complete(a, await fed.send(a))).accepted
+    assert (await fed.ended(run)).version == 1
+
+
+async def test_a_refused_update_is_named_and_the_round_goes_on_without_it(fed: Server):
+    await fed.join("a", "b")
+    run = await fed.create(**ONE, **QUIET)
+    a, b = await fed.task("a"), await fed.task("b")
+    verdict = await fed.complete(a, await fed.send(a, (float("nan"), 1.0)))
+    assert (verdict.accepted, verdict.reason, verdict.tensor) == (False, "NOT_FINITE", "w")
+    assert (await fed.complete(b, await fed.send(b))).accepted
+    assert (await fed.ended(run)).version == 1
+    assert [t.state for t in await fed.tasks(run)] == ["refused", "accepted"]
+
+
+async def test_a_failed_round_is_tried_again_and_then_fails_the_run(fed: Server):
+    await fed.join("a")
+    run = await fed.create(cohort={"min_clients": 1, "round_attempts": 2}, **QUIET)
+    for _ in range(2):
+        task = await fed.task("a")
+        driver = fed.engine.driver_of(task)
+        assert await driver.task_ended(task, TaskState.FAILED, {"reason": "EXCEPTION"})
+    after = await fed.ended(run)
+    assert after.state == "failed"
+    assert "failed 2 times" in after.reason
+    assert spooled(fed) == 0
+
+
+async def test_a_new_attempt_has_a_new_token(fed: Server):
+    await fed.join("a")
+    run = await fed.create(**ONE, **QUIET)
+    first = await fed.task("a")
+    await fed.engine.driver_of(first).task_ended(first, TaskState.FAILED, {"reason": "CRASHED"}, retryable=True)
+    second = await fed.task("a")
+    assert (second.row.attempt, second.token == first.token) == (2, False)
+    await fed.complete(second, await fed.send(second))
+    assert (await fed.ended(run)).version == 1
+
+
+async def test_an_aggregation_that_fails_fails_the_round_and_not_the_run(fed: Server, monkeypatch):
+    await fed.join("a")
+    run = await fed.create(**ONE, **QUIET)
+    adopt = fed.store.adopt
+    monkeypatch.setattr(fed.store, "adopt", lambda *_: (_ for _ in ()).throw(OSError("disk")))
+    await fed.train("a")
+    await fed.until(lambda: fed.driver(run).round.attempt == 2, "the second attempt")
+    monkeypatch.setattr(fed.store, "adopt", adopt)
+    await fed.train("a")
+    assert (await fed.ended(run)).version == 1
+
+
+async def test_a_commit_that_fails_leaves_nothing_behind_and_no_run_hanging(fed: Server, monkeypatch):
+    await fed.join("a")
+    run = await fed.create(**ONE, **QUIET)
+    driver = fed.driver(run)
+
+    async def broken(*_: Any) -> None:
+        raise OSError("database or disk is full")
+
+    monkeypatch.setattr(driver, "_commit_version", broken)
+    await fed.train("a")
+    await fed.until(lambda: driver.round.attempt == 2, "the second attempt")
+    assert await stored_is_needed(fed)
+    monkeypatch.undo()
+    await fed.train("a")
+    assert (await fed.ended(run)).version == 1
+
+
+async def test_a_transition_that_an_error_stopped_is_taken_up_again(fed: Server, monkeypatch):
+    await fed.join("a")
+    run = await fed.create(**ONE, **QUIET)
+    driver = fed.driver(run)
+    opening = driver._open_round
+    failures = iter([OSError("full")])
+
+    async def sometimes(number: int) -> None:
+        for failure in failures:
+            raise failure
+        await opening(number)
+
+    monkeypatch.setattr(driver, "_open_round", sometimes)
+    task = await fed.task("a")
+    with pytest.raises(OSError, match="full"):
+        await driver.task_ended(task, TaskState.FAILED, {"reason": "EXCEPTION"})
+    await fed.until(lambda: driver.round.attempt == 2, "the second attempt")
+
+
+# --- Leases
+
+
+async def test_a_site_that_leaves_is_not_waited_for_and_may_come_back(fed: Server):
+    await fed.join("a", "b")
+    await fed.create(cohort={"min_clients": 2, "quorum": 2}, **QUIET)
+    a = await fed.task("a")
+    await fed.engine.release("a")
+    assert a.state is TaskState.AWAY
+    await fed.engine.revive(a)
+    assert a.state is TaskState.RUNNING
+
+
+async def test_a_lapse_that_comes_late_does_not_send_a_living_site_away(fed: Server):
+    await fed.join("a", "b")
+    run = await fed.create(**TWO, **QUIET)
+    a = await fed.task("a")
+    a.expires = 0.0
+    assert fed.parts.board.lapsed({"a"}) == [a]
+    # The heartbeat comes between the clock's look and its word.
+    fed.parts.board.extend(a)
+    await fed.driver(run).task_lapsed(a)
+    assert a.state is TaskState.RUNNING
+    a.expires = 0.0
+    await fed.driver(run).task_lapsed(a)
+    assert a.state is TaskState.AWAY
+
+
+async def test_an_update_that_is_being_checked_stays_that(fed: Server, monkeypatch):
+    await fed.join("a", "b")
+    run = await fed.create(**TWO, **QUIET)
+    a = await fed.task("a")
+    update = await fed.send(a)
+    gate = asyncio.Event()
+    judge = fed.completions._check_update
+
+    async def slow(task: Any, claim: Any) -> Any:
+        await fed.driver(run).task_changed(task, TaskState.CHECKING)
+        await gate.wait()
+        return await judge(task, claim)
+
+    monkeypatch.setattr(fed.completions, "_check_update", slow)
+    assert await fed.complete(a, update, wait=0.05) is None
+    await fed.driver(run).task_changed(a, TaskState.AWAY)
+    await fed.driver(run).task_changed(a, TaskState.RUNNING)
+    assert a.state is TaskState.CHECKING
+    gate.set()
+    assert (await fed.complete(a, update)).accepted
+
+
+async def test_revoking_a_client_ends_its_tasks(fed: Server):
+    await fed.join("a", "b")
+    run = await fed.create(**ONE, **QUIET)
+    a, b = await fed.task("a"), await fed.task("b")
+    await fed.parts.sites.revoke("a")
+    await fed.engine.revoke("a")
+    await fed.complete(b, await fed.send(b))
+    assert (await fed.ended(run)).version == 1
+    rows = {t.client: t for t in await fed.tasks(run)}
+    assert (rows["a"].state, rows["a"].reason) == ("failed", "CLIENT_REVOKED")
+    with pytest.raises(FedlinkError):
+        await fed.complete(a, ref_of(b"x"))
+
+
+# --- What operators ask for
+
+
+async def test_the_same_request_twice_makes_one_run(fed: Server):
+    request = os.urandom(16)
+    text = '{"name": "r", "workload": "w", "rounds": 1, "model": "start"}'
+    first, second = await asyncio.gather(fed.engine.create(text, request), fed.engine.create(text, request))
+    assert first.id == second.id
+    with pytest.raises(FedlinkError) as e:
+        await fed.engine.create(text, os.urandom(16))
+    assert e.value.reason is Reason.RUN_EXISTS
+
+
+async def test_pausing_twice_is_pausing_once(fed: Server):
+    run = await fed.create(**ONE, **QUIET)
+    for paused in (True, True, False, False):
+        await fed.driver(run).set_paused(paused=paused)
+    assert [k for k in await fed.events(run) if k != "run_created"] == ["run_paused", "run_resumed"]
+
+
+async def test_a_paused_run_finishes_its_round_and_begins_no_other(fed: Server):
+    await fed.join("a")
+    run = await fed.create(rounds=2, **ONE, **QUIET)
+    await fed.task("a")
+    fed.polls.clear()
+    await fed.driver(run).set_paused(paused=True)
+    await fed.train("a")
+    await fed.version(run, 1)
+    await asyncio.sleep(0.4)
+    assert fed.driver(run).round.phase is Phase.SELECT
+    assert "paused" in fed.driver(run).waiting()
+    await fed.driver(run).set_paused(paused=False)
+    await fed.train("a")
+    assert (await fed.ended(run)).version == 2
+
+
+async def test_stopping_in_mid_round_leaves_no_bytes_and_a_record(fed: Server):
+    await fed.join("a", "b")
+    run = await fed.create(**TWO, **QUIET)
+    await fed.train("a")
+    b = await fed.task("b")
+    await fed.driver(run).stop()
+    after = await fed.ended(run)
+    assert (after.state, after.version) == ("stopped", 0)
+    assert spooled(fed) == 0
+    with pytest.raises(FedlinkError) as e:
+        await fed.complete(b, ref_of(b"x"))
+    assert e.value.reason is Reason.ROUND_CLOSED
+
+
+async def test_an_ended_run_that_is_extended_twice_at_once_goes_on_once(fed: Server):
+    await fed.join("a")
+    run = await fed.create(**ONE, **QUIET)
+    await fed.train("a")
+    await fed.ended(run)
+    await asyncio.gather(*(fed.engine.extend("r", 2) for _ in range(3)))
+    assert (await fed.events(run)).count("run_extended") == 1
+    await fed.train("a")
+    after = await fed.ended(run)
+    assert (after.state, after.version, after.rounds) == ("completed", 2, 2)
+    assert [t.attempt for t in await fed.tasks(run, 2)] == [1]
+    with pytest.raises(FedlinkError) as e:
+        await fed.engine.extend("r", 1)
+    assert e.value.reason is Reason.RUN_STATE
+
+
+async def test_the_number_of_rounds_is_absolute_and_may_fall_to_what_is_done(fed: Server):
+    await fed.join("a")
+    run = await fed.create(rounds=3, **ONE, **QUIET)
+    task = await fed.task("a")
+    await fed.parts.sites.deregister(fed.parts.sites.find("a"), fed.parts.sites.find("a").row.session)
+    await fed.complete(task, await fed.send(task))
+    await fed.until(lambda: (r := fed.driver(run).round) is not None and r.number == 2, "round 2")
+    for _ in range(2):
+        assert (await fed.engine.extend("r", 2)).rounds == 2
+    assert (await fed.events(run)).count("run_extended") == 1
+    assert fed.driver(run).round.phase is Phase.SELECT
+    await fed.engine.extend("r", 1)
+    after = await fed.ended(run)
+    assert (after.state, after.version, after.rounds) == ("completed", 1, 1)
+
+
+async def test_below_the_quorum_an_operator_cannot_close(fed: Server):
+    await fed.join("a", "b", "c")
+    run = await fed.create(cohort={"min_clients": 2}, **QUIET)
+    await fed.train("a")
+    with pytest.raises(FedlinkError) as e:
+        await fed.driver(run).close_round()
+    assert e.value.reason is Reason.BELOW_QUORUM
+    await fed.train("b")
+    await fed.driver(run).close_round()
+    await fed.ended(run)
+    assert [t.state for t in await fed.tasks(run)] == ["accepted", "accepted", "closed"]
+
+
+async def test_a_caller_that_hangs_up_does_not_stop_a_transition_half_way(fed: Server):
+    run = await fed.create(**ONE, **QUIET)
+    call = asyncio.ensure_future(fed.driver(run).stop())
+    await asyncio.sleep(0)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert (await fed.ended(run)).state == "stopped"
+
+
+# --- Evaluation
+
+
+async def evaluate(fed: Server, version: int, **accuracy: float) -> None:
+    for client, value in accuracy.items():
+        task = await fed.task(client, "evaluate")
+        assert task.row.version == version
+        assert (await fed.complete(task, accuracy=value)).accepted
+
+
+async def test_every_version_is_measured_and_the_best_is_marked(fed: Server):
+    await fed.join("a", "b")
+    run = await fed.create(**TWO)
+    await evaluate(fed, 0, a=0.9, b=0.7)
+    await fed.train("a", "b")
+    await fed.version(run, 1)
+    await fed.until(lambda: fed.driver(run).row.state == "finishing", "finishing")
+    assert "evaluation of the newest version by a" in fed.driver(run).waiting()
+    await evaluate(fed, 1, a=0.5, b=0.5)
+    after = await fed.ended(run)
+    assert (after.state, after.best_version) == ("completed", 0)
+    versions = await fed.database.run(lambda c: run_queries.list_versions(c, run.id))
+    assert [v.means["accuracy"] for v in versions] == [pytest.approx(0.8), pytest.approx(0.5)]
+
+
+async def test_a_run_stops_at_its_target_and_goes_on_when_it_is_extended(fed: Server):
+    await fed.join("a")
+    run = await fed.create(rounds=9, stop={"target": 0.8}, **ONE)
+    await evaluate(fed, 0, a=0.1)
+    await fed.train("a")
+    await evaluate(fed, 1, a=0.85)
+    after = await fed.ended(run)
+    assert (after.state, after.version) == ("completed", 1)
+    assert "accuracy reached 0.8" in after.reason
+    await fed.engine.extend("r", 9 + 1)
+    await fed.train("a")
+    await evaluate(fed, 2, a=0.1)
+    await fed.until(lambda: fed.driver(run).round is not None, "round 3")
+    assert fed.driver(run).round.number == 3
+
+
+async def test_nothing_happens_in_a_run_after_it_has_ended(fed: Server):
+    await fed.join("a")
+    run = await fed.create(rounds=2, **ONE)
+    await fed.train("a")
+    await fed.version(run, 1)
+    driver = fed.driver(run)
+    await driver.stop()
+    await driver.tick(1e12)
+    assert (await fed.events(run))[-1] == "run_ended"
+
+
+# --- Disk
+
+
+async def test_old_versions_go_and_the_newest_and_the_best_stay(fed: Server):
+    await fed.join("a")
+    run = await fed.create(rounds=6, retention={"keep_versions": 2}, **ONE)
+    for version, value in enumerate((0.1, 0.2, 0.9, 0.3, 0.4, 0.5)):
+        await evaluate(fed, version, a=value)
+        await fed.train("a")
+        await fed.version(run, version + 1)
+    await evaluate(fed, 6, a=0.5)
+    after = await fed.ended(run)
+    assert after.best_version == 2
+
+    async def kept() -> bool:
+        versions = await fed.database.run(lambda c: run_queries.list_versions(c, run.id))
+        return [v.number for v in versions] == [2, 5, 6] and await stored_is_needed(fed)
+
+    await fed.until(kept, "retirement")
+    assert await weights(fed, run, 2) == [2.0, 3.0]
+
+
+async def test_a_version_that_may_yet_be_the_best_is_kept(fed: Server):
+    await fed.join("a", "slow")
+    run = await fed.create(rounds=4, retention={"keep_versions": 1}, cohort={"min_clients": 1, "target": 1})
+    measuring = await fed.task("slow", "evaluate")
+    for number in (1, 2):
+        await fed.train("a")
+        await fed.version(run, number)
+    await fed.parts.versions.retire(run.id)
+    assert 0 in [v.number for v in await fed.database.run(lambda c: run_queries.list_versions(c, run.id))]
+    assert (await fed.complete(measuring, accuracy=1.0)).accepted
+
+
+async def test_an_upload_that_begins_as_its_round_closes_leaves_nothing(fed: Server, monkeypatch):
+    await fed.join("a")
+    run = await fed.create(**ONE, **QUIET)
+    task = await fed.task("a")
+    making = fed.parts.access._make_slot
+
+    def late(*args: Any) -> None:
+        making(*args)
+        asyncio.run_coroutine_threadsafe(fed.driver(run).stop(), loop).result(10)
+
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(fed.parts.access, "_make_slot", late)
+    with pytest.raises(FedlinkError) as e:
+        await fed.upload(Caller("a", operator=False), TaskPurpose(task.token), b"x" * 100)
+    assert e.value.reason is Reason.ROUND_CLOSED
+    assert spooled(fed) == 0
+    assert await fed.database.run(task_queries.all_uploads) == []
+
+
+async def test_importing_twice_is_importing_once(fed: Server):
+    await fed.import_model()
+    await fed.import_model("other")
+    assert spooled(fed) == 0
+    assert await fed.database.run(task_queries.all_uploads) == []
+    await fed.create("taken", **ONE)
+    with pytest.raises(FedlinkError) as e:
+        await fed.import_model("taken")
+    assert e.value.reason is Reason.MODEL_EXISTS
+
+
+# --- Rights
+
+
+async def test_a_site_reaches_only_what_its_tasks_refer_to(fed: Server):
+    await fed.join("a", "b")
+    await fed.create(**TWO, **QUIET)
+    a, b = await fed.task("a"), await fed.task("b")
+    update = await fed.send(a)
+    access, as_a, as_b = fed.parts.access, Caller("a", operator=False), Caller("b", operator=False)
+    model = await access.task_model(a)
+    assert await access.readable(as_a, a.token, model.digest) == model
+    for caller, token, digest, reason in (
+        (as_b, b.token, update.digest, Reason.BLOB_NOT_FOUND),
+        (as_b, a.token, model.digest, Reason.TASK_NOT_FOUND),
+        (as_b, b"", model.digest, Reason.TASK_NOT_FOUND),
+        (as_a, a.token, update.digest, Reason.BLOB_NOT_FOUND),
+    ):
+        with pytest.raises(FedlinkError) as e:
+            await access.readable(caller, token, digest)
+        assert e.value.reason is reason
+    # What another site sent counts as missing, what the caller sent or may read does not.
+    assert await access.missing(as_b, TaskPurpose(b.token), [update.digest, model.digest]) == [update.digest]
+    assert await access.missing(as_a, TaskPurpose(a.token), [update.digest, model.digest]) == []
+    with pytest.raises(FedlinkError) as e:
+        await fed.complete(b, update)
+    assert e.value.reason is Reason.BLOB_MISSING
+
+
+async def test_what_a_task_may_upload_is_bounded(fed: Server):
+    await fed.join("a")
+    await fed.create(**ONE, **QUIET)
+    task = await fed.task("a")
+    caller, purpose = Caller("a", operator=False), TaskPurpose(task.token)
+    with pytest.raises(FedlinkError) as e:
+        await fed.upload(caller, purpose, bytes(9 << 20))
+    assert e.value.reason is Reason.TOO_LARGE
+    with pytest.raises(FedlinkError):
+        await fed.parts.access.start_upload(OPERATOR, purpose, ref_of(b""), b"")
+
+
+# --- Restarts
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return tmp_path / "again"
+
+
+async def test_a_round_goes_on_after_a_restart_in_every_phase(data: Path, monkeypatch):
+    async with server(data) as fed:
+        await fed.import_model()
+        run = await fed.create(**TWO, **QUIET)
+    async with server(data) as fed:  # SELECT
+        assert "waits for 2 more sites" in fed.driver(run).waiting()
+        await fed.join("a", "b")
+        await fed.train("a")
+    async with server(data) as fed:  # COLLECT
+        assert fed.driver(run).round.accepted == ("a",)
+        await fed.join("b")
+        monkeypatch.setattr(fed.driver(run), "_aggregate", lambda _: asyncio.sleep(3600))
+        await fed.train("b")
+        assert fed.driver(run).round.phase is Phase.AGGREGATE
+    async with server(data) as fed:  # AGGREGATE
+        after = await fed.ended(run)
+        assert (after.state, after.version) == ("completed", 1)
+        assert await weights(fed, run, 1) == [1.5, 2.5]
+        assert spooled(fed) == 0
+    async with server(data) as fed:
+        assert fed.engine.driver(run.id) is None
+        assert await stored_is_needed(fed)
+
+
+async def test_a_deadline_that_passed_while_the_server_was_down_leaves_a_term(data: Path):
+    async with server(data) as fed:
+        await fed.import_model()
+        await fed.join("a", "b")
+        run = await fed.create(cohort={"min_clients": 2, "deadline": 0.5}, **QUIET)
+        await fed.train("a")
+    await asyncio.sleep(0.6)
+    async with server(data) as fed:
+        await asyncio.sleep(0.5)  # the clock has ticked
+        await fed.join("b")
+        await fed.train("b")
+        assert (await fed.ended(run)).version == 1
+
+
+async def test_updates_of_a_round_that_ended_just_before_a_crash_are_deleted(data: Path, monkeypatch):
+    async with server(data) as fed:
+        await fed.import_model()
+        await fed.join("a")
+        run = await fed.create(rounds=2, **ONE, **QUIET)
+        monkeypatch.setattr(fed.driver(run), "_drop_updates", lambda _: asyncio.sleep(3600))
+        await fed.train("a")
+        await fed.version(run, 1)
+        assert spooled(fed) == 2
+    async with server(data) as fed:
+        assert spooled(fed) == 0
+        assert fed.driver(run).round.number == 2
+
+
+async def test_an_update_lost_with_the_power_is_asked_for_until_it_is_there(data: Path):
+    async with server(data) as fed:
+        await fed.import_model()
+        await fed.join("a", "b")
+        run = await fed.create(**TWO, **QUIET)
+        await fed.train("a")
+        token = fed.polls["a"][0]
+        for upload_id in fed.spool.ids():
+            fed.spool.path(upload_id).write_bytes(b"")
+        await fed.database.run(lambda c: model_queries.set_meta(c, "boot_id", "another boot"))
+    # The machine comes up, and the server is killed once more before the site has come back.
+    for _ in range(2):
+        async with server(data) as fed:
+            assert [t.state for t in await fed.tasks(run)] == ["pending", "pending"]
+            task = await fed.parts.board.poll("a", {token}, 0.0)
+            assert task is not None
+            assert task.token == token
+    async with server(data) as fed:
+        await fed.join("a", "b")
+        await fed.train("a", "b")
+        assert (await fed.ended(run)).version == 1
+        assert [t.reason for t in await fed.tasks(run)] == ["", ""]
+
+
+async def test_a_run_that_waits_for_an_evaluation_waits_on_after_a_restart(data: Path):
+    async with server(data) as fed:
+        await fed.import_model()
+        await fed.join("a")
+        run = await fed.create(**ONE)
+        await evaluate(fed, 0, a=0.1)
+        await fed.train("a")
+        await fed.until(lambda: fed.driver(run).row.state == "finishing", "finishing")
+    async with server(data) as fed:
+        assert "evaluation" in fed.driver(run).waiting()
+        await fed.join("a")
+        await evaluate(fed, 1, a=0.7)
+        after = await fed.ended(run)
+        assert (after.state, after.best_version) == ("completed", 1)
+
+
+# --- Watching
+
+
+async def test_watchers_see_every_event_once_and_the_end(fed: Server):
+    await fed.join("a")
+    run = await fed.create(**ONE, **QUIET)
+
+    async def watch(after: int) -> list[int]:
+        return [e.sequence async for e in fed.parts.feed.follow(run.id, after)]
+
+    watching = [asyncio.create_task(watch(0)) for _ in range(3)]
+    await fed.train("a")
+    seen = await asyncio.gather(*watching)
+    assert seen[0] == seen[1] == seen[2] == sorted(set(seen[0]))
+    assert await watch(seen[0][1]) == seen[0][2:]
+    assert fed.parts.feed._watchers == {}

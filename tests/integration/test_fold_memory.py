@@ -1,0 +1,80 @@
+"""Checking and folding cost the same memory whatever the size of the model and the number of clients."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import psutil
+
+from fedlink.blobs import BlobRef
+from fedlink.manifest import FileEntry, manifest_of_files
+from fedlink.tensors import Kind, read_header
+from fedserver.aggregation.check import check_update
+from fedserver.aggregation.fold import aggregate
+from fedserver.aggregation.optimizers.sgd import Sgd
+from fedserver.aggregation.pipeline import Contribution, ModelFiles, Pipeline
+from fedserver.aggregation.reducers.mean import WeightedMean
+
+SHARDS = 3
+TENSORS = 4
+ELEMENTS = 12_500_000
+
+
+def sparse(directory: Path, kind: Kind, dtype: str, size: int) -> ModelFiles:
+    """Three shards of four tensors of 12.5 million zeros each, which take no disk."""
+    directory.mkdir()
+    files, paths = [], []
+    step = ELEMENTS * size
+    for i in range(SHARDS):
+        table = {
+            f"{i}.{k}": {"dtype": dtype, "shape": [ELEMENTS], "data_offsets": [k * step, (k + 1) * step]}
+            for k in range(TENSORS)
+        }
+        head = json.dumps(table).encode()
+        path = directory / f"part-{i}"
+        path.write_bytes(struct.pack("<Q", len(head)) + head)
+        os.truncate(path, 8 + len(head) + TENSORS * step)
+        files.append((FileEntry(path.name, BlobRef(bytes([i]) * 32, path.stat().st_size)), read_header(path)))
+        paths.append(path)
+    return ModelFiles(manifest_of_files(kind, files, {}), paths)
+
+
+def fold_and_measure(tmp: Path) -> None:
+    """Print by how many bytes resident memory grew at most. Runs in a process of its own."""
+    model = sparse(tmp / "model", Kind.MODEL, "BF16", 2)
+    update = sparse(tmp / "update", Kind.DELTA, "BF16", 2)
+    (tmp / "out").mkdir()
+    process, before, peak, done = psutil.Process(), psutil.Process().memory_info().rss, [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.01):
+            peak[0] = max(peak[0], process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    check_update(model.manifest, update.manifest, update.files, kind=Kind.DELTA, update_dtype="BF16", max_bytes=1 << 40)
+    sent = [Contribution(f"c{k}", 1, update.manifest, update.files) for k in range(3)]
+    aggregate(model, None, sent, Pipeline(Kind.DELTA, WeightedMean(), Sgd()), tmp / "out")
+    done.set()
+    watcher.join()
+    print(peak[0] - before)
+
+
+def test_a_round_of_300_mb_is_folded_in_40_mb(tmp_path):
+    script = f"import pathlib, {__name__} as t; t.fold_and_measure(pathlib.Path({str(tmp_path)!r}))"
+    root = Path(__file__).parents[2]
+    try:
+        run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=root)
+        assert run.returncode == 0, run.stderr
+        # The model in BF16 and its master in float32.
+        assert sum(p.stat().st_size for p in (tmp_path / "out").iterdir()) > 900_000_000
+        assert int(run.stdout) < 40_000_000
+    finally:
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)

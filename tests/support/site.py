@@ -1,0 +1,93 @@
+"""A site with the `Adder` workload, and tasks for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedclient.settings import SiteSettings, load_site
+from fedlink.tensors import Kind
+from fedlink.v1 import coordination_service_pb2 as pb
+from fedlink.v1 import types_pb2 as types_pb
+from tests.support.fake_server import FakeServer
+from tests.support.shards import T, put
+
+WORKLOADS = Path(__file__).parent / "workloads"
+
+
+class Site:
+    """A directory with a site.toml."""
+
+    def __init__(self, directory: Path, server: str, *, size: int = 4, extra: str = "", workload: str = "") -> None:
+        self.directory = directory
+        self.control = directory / "control"
+        self.control.mkdir(parents=True, exist_ok=True)
+        (directory / "adder.py").write_bytes((WORKLOADS / "adder.py").read_bytes())
+        self.config = directory / "site.toml"
+        self.config.write_text(
+            f"""
+name = "site"
+server = "{server}"
+devices = ["cpu"]
+{extra}
+[workload.adder]
+trainer = "adder:Adder"
+{workload}
+[workload.adder.data]
+control = "control"
+size = {size}
+"""
+        )
+
+    @property
+    def settings(self) -> SiteSettings:
+        return load_site(self.config)
+
+    def set(self, name: str) -> None:
+        """Steer the workload."""
+        (self.control / name).touch()
+
+    def clear(self, name: str) -> None:
+        (self.control / name).unlink()
+
+    @property
+    def trained(self) -> list[str]:
+        """One line for each training begun."""
+        path = self.control / "trained"
+        return path.read_text().splitlines() if path.exists() else []
+
+
+def add_model(server: FakeServer, directory: Path, *, size: int = 4, start: float = 0.0) -> types_pb.BlobRef:
+    """Make a model for `Adder` readable; two shards."""
+    shards = [
+        [T.of("w", "F32", np.full(size, start))],
+        [T.of("b", "F32", np.full(2, start))],
+    ]
+    model = put(directory, Kind.MODEL, shards)
+    for path in model.files:
+        server.add_blob(path.read_bytes())
+    return server.add_blob(model.manifest.serialize())
+
+
+def train_task(model: types_pb.BlobRef, **fields: Any) -> pb.Task:
+    """A training task."""
+    work = pb.TrainWork(
+        update=fields.pop("update", types_pb.Manifest.KIND_DELTA),
+        update_dtype=types_pb.DTYPE_F32,
+        max_update_bytes=fields.pop("max_update_bytes", 1 << 30),
+    )
+    return pb.Task(**_common(model, fields), train=work)
+
+
+def evaluate_task(model: types_pb.BlobRef, **fields: Any) -> pb.Task:
+    """An evaluation task."""
+    return pb.Task(**_common(model, fields), evaluate=pb.EvaluateWork())
+
+
+def _common(model: types_pb.BlobRef, fields: Mapping[str, Any]) -> dict[str, Any]:
+    common = {"token": os.urandom(16), "run": "r1", "round": 1, "attempt": 1, "workload": "adder", "seed": 1}
+    return {**common, "settings_json": "{}", "model": model, **fields}

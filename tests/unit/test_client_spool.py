@@ -1,0 +1,156 @@
+"""The journal and the cache."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from fedclient.spool import MAX_CACHED_FILES, BlobCache, Held, Outcome, Spool, Stage
+from fedlink.errors import FedlinkError
+from fedlink.tensors import Kind
+from tests.support.orders import order
+
+OUTCOME = Outcome(num_examples=7, steps=3, metrics={"loss": 0.1}, compute_seconds=1.5, files=("update.safetensors",))
+
+
+def test_a_task_survives_every_stage(tmp_path: Path) -> None:
+    held = Held(order=order(b"\x00\xff"))
+    for stage in (held, held.trained(OUTCOME), held.trained(OUTCOME).accepted()):
+        spool = Spool(tmp_path)
+        spool.put(stage)
+        spool.update_dir(stage.token).mkdir(parents=True, exist_ok=True)
+        spool.close()
+        again = Spool(tmp_path)
+        assert again.load() == [stage]
+        assert again.update_dir(stage.token).exists()
+        again.close()
+    assert [s.stage for s in (held, held.trained(OUTCOME))] == [Stage.FETCHED, Stage.TRAINED]
+
+
+def test_what_belongs_to_no_task_is_removed(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    spool.put(Held(order=order(b"good")))
+    journal = tmp_path / "journal"
+    (journal / "half.tmp").write_text('{"format": 1')
+    (journal / "torn.json").write_text('{"format": 1')
+    (journal / "future.json").write_text('{"format": 2}')
+    spool.model_dir(b"good").mkdir(parents=True)
+    spool.model_dir(b"lost").mkdir(parents=True)
+    assert [h.token for h in spool.load()] == [b"good"]
+    assert [p.name for p in journal.iterdir()] == [f"{b'good'.hex()}.json"]
+    assert [p.name for p in (tmp_path / "tasks").iterdir()] == [b"good".hex()]
+
+
+def test_dropping_twice_is_fine(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    spool.put(Held(order=order()))
+    spool.model_dir(b"token").mkdir(parents=True)
+    for _ in range(2):
+        spool.drop(b"token")
+        assert spool.load() == []
+    assert list((tmp_path / "tasks").iterdir()) == []
+
+
+def test_one_daemon_at_a_time(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    with pytest.raises(FedlinkError, match="another fedclient"):
+        Spool(tmp_path)
+    spool.close()
+    Spool(tmp_path).close()
+
+
+def test_a_state_dir_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FedlinkError, match="state_dir"):
+        Spool(tmp_path / "file" / "state")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"token": b""},
+        {"token": b"x" * 65},
+        {"run": "../etc"},
+        {"workload": ""},
+        {"model_digest": b"short"},
+        {"model_size": 1 << 40},
+        {"update": Kind.MODEL},
+        {"update": None},
+        {"update": Kind.DELTA, "update_dtype": ""},
+    ],
+)
+def test_orders_that_break_the_protocol(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        order(**fields)
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", ".hidden", "a/b"])
+def test_results_cannot_name_other_directories(name: str) -> None:
+    with pytest.raises(ValidationError):
+        Outcome(num_examples=1, steps=1, metrics={}, compute_seconds=0, files=(name,))
+
+
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_the_cache_keeps_its_limit_and_its_pins(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    cache = BlobCache(tmp_path_factory.mktemp("cache"), limit=100)
+    clock = 0
+    pins: dict[bytes, frozenset[bytes]] = {}
+    used: list[bytes] = []
+    for _ in range(data.draw(st.integers(1, 15))):
+        digest = bytes([data.draw(st.integers(0, 5))]) * 32
+        match data.draw(st.sampled_from(["put", "pin", "unpin", "trim"])):
+            case "put":
+                cache.path(digest).write_bytes(b"x" * 30)
+                clock += 1
+                os.utime(cache.path(digest), (clock, clock))
+                used = [d for d in used if d != digest] + [digest]
+            case "pin":
+                pins[digest] = frozenset({digest})
+                cache.pin(digest, [digest])
+            case "unpin":
+                pins.pop(digest, None)
+                cache.unpin(digest)
+            case "trim":
+                incoming = data.draw(st.sampled_from([0, 30, 200]))
+                kept = frozenset().union(*pins.values())
+                assert cache.pinned() == kept
+                cache.trim(kept, incoming)
+                while len(used) * 30 + incoming > 100 and (old := next((d for d in used if d not in kept), None)):
+                    used.remove(old)
+        assert {d for d in used if cache.path(d).exists()} == set(used)
+        assert sum(1 for _ in cache.path(digest).parent.iterdir()) == len(used)
+
+
+def test_pieces_of_a_download_belong_to_its_blob(tmp_path: Path) -> None:
+    cache = BlobCache(tmp_path, limit=0)
+    digest = bytes(32)
+    part = cache.path(digest).with_name(digest.hex() + ".part")
+    part.write_bytes(b"x")
+    cache.trim(frozenset({digest}))
+    assert part.exists()
+    cache.trim(frozenset())
+    assert not part.exists()
+
+
+def test_touch_says_what_is_here(tmp_path: Path) -> None:
+    cache = BlobCache(tmp_path, limit=10)
+    assert not cache.touch(bytes(32))
+    cache.path(bytes(32)).touch()
+    assert cache.touch(bytes(32))
+
+
+def test_the_cache_does_not_keep_countless_files(tmp_path: Path) -> None:
+    cache = BlobCache(tmp_path, limit=1 << 40)
+    digests = [n.to_bytes(32, "big") for n in range(MAX_CACHED_FILES + 10)]
+    for n, digest in enumerate(digests):
+        cache.path(digest).touch()
+        os.utime(cache.path(digest), (n, n))
+    cache.trim(frozenset(digests[:2]))
+    assert [d for d in digests if not cache.path(d).exists()] == digests[2:12]
