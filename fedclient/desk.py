@@ -115,6 +115,10 @@ class Desk:
 
     async def _take(self, group: asyncio.TaskGroup, order: Order) -> Work | None:
         known = self._works.get(order.token)
+        if known and known.held.completed and order.token in self._running:
+            # Asked for again while its acceptance is still being noted: the server asks only once.
+            await asyncio.wait({self._running[order.token]})
+            known = self._works.get(order.token)
         if known and known.held.completed and order.token not in self._running:
             self._log.warning("the server lost an accepted update and asks for it again", task=known.short_name)
             known.reopen()
