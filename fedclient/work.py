@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
@@ -252,7 +253,9 @@ class Work:
         settings = self._terms.accept(order)
         model_dir, update_dir = tools.spool.model_dir(token), tools.spool.update_dir(token)
         self.status.enter("downloading")
+        began = time.monotonic()
         await tools.transfer.fetch(order, model_dir, self.status.advance)
+        self._log.info("downloaded", activity=order.activity, seconds=_since(began))
         await tools.on_disk(fresh_directory, update_dir)
         self.status.enter("computing")
         job = Job(
@@ -269,6 +272,7 @@ class Work:
             write=Write.GRADIENT if order.update is Kind.GRADIENT else Write.DELTA,
             update_dtype=order.update_dtype or "F32",
         )
+        began = time.monotonic()
         self._trainer = await get_trainer()
         try:
             result = await self._trainer.run(job, self._note_progress)
@@ -277,7 +281,13 @@ class Work:
         self.held = self.held.trained(self._outcome(result))
         await tools.on_disk(self._keep_result, result)
         await tools.transfer.let_go(token)
-        self._log.info("computed", activity=order.activity, examples=result.num_examples, steps=result.steps)
+        self._log.info(
+            "computed",
+            activity=order.activity,
+            examples=result.num_examples,
+            steps=result.steps,
+            seconds=_since(began),
+        )
 
     def _keep_result(self, result: Result) -> None:
         spool, token = self._tools.spool, self.held.token
@@ -310,6 +320,7 @@ class Work:
         tools, token, outcome = self._tools, self.held.token, self.held.outcome
         assert outcome is not None
         self.status.enter("uploading")
+        began = time.monotonic()
         if self.order.update and self._encoded is None:
             directories = tools.spool.model_dir(token), tools.spool.update_dir(token)
             self._encoded = await asyncio.to_thread(encode, self.order, *directories, outcome.files)
@@ -333,10 +344,14 @@ class Work:
             attempts += 1
             await asyncio.sleep(BACKOFF.delay(attempts, tools.rng))
         if verdict.accepted:
-            self._log.info("accepted", activity=self.order.activity)
+            self._log.info("accepted", activity=self.order.activity, seconds=_since(began))
         else:
             self._log.error("refused", reason=verdict.reason, tensor=verdict.tensor, error=verdict.message)
         return verdict.accepted
+
+
+def _since(began: float) -> float:
+    return round(time.monotonic() - began, 3)
 
 
 @contextlib.contextmanager
