@@ -31,6 +31,13 @@ demo: $(STAMP) ## Four hospitals train one model: server, four daemons, comparis
 test: $(STAMP) ## Run every test (under 10 minutes on 2 cores)
 	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup
 
+MODEL ?= gpt2
+CLIENTS ?= 4
+ROUNDS ?= 3
+DIR ?= .bench
+bench-round: $(STAMP) ## Time a round (MODEL=resnet18|gpt2|gpt2-medium|gpt2-xl CLIENTS=4 ROUNDS=3 DIR=.bench KEEP=)
+	@$(BIN)/python -m tests.bench.bench_round $(MODEL) $(CLIENTS) $(ROUNDS) --dir $(DIR) $(if $(KEEP),--keep)
+
 check: $(STAMP) ## Lint, format, types, import rules, protocol, generated code (under a minute)
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/ruff check --quiet .
@@ -71,4 +78,4 @@ constraints: ## Pin what .venv holds now
 clean: ## Remove what the demo and the tools wrote, not .venv
 	@rm -rf .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
-.PHONY: help install demo test check check-protos protos generate baseline format constraints clean
+.PHONY: help install demo test bench-round check check-protos protos generate baseline format constraints clean
