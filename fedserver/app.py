@@ -31,9 +31,11 @@ from fedserver.runtime.sites import SiteRegistry
 from fedserver.runtime.uploads import TaskBlobAccess
 from fedserver.runtime.versions import Versions
 from fedserver.services.admin import AdminServicer
-from fedserver.services.blob import BlobServicer, BulkLimits
+from fedserver.services.admission import BulkLimits
+from fedserver.services.blob import BlobServicer
 from fedserver.services.coordination import CoordinationServicer
 from fedserver.services.identity import SiteIdentity, operator
+from fedserver.services.probe import ProbeServicer
 from fedserver.settings import ServerSettings, admin_socket
 from fedserver.store.blobs import DirectoryBlobStore
 from fedserver.store.database import Database
@@ -111,9 +113,9 @@ async def running(settings: ServerSettings) -> AsyncIterator[App]:
         )
         sites_server = grpc.aio.server(options=rpc.server_options())
         coordination_service_pb2_grpc.add_CoordinationServiceServicer_to_server(coordination, sites_server)
-        BlobServicer(
-            parts.access, store, spool, identify=identity.caller, executor=executor, limits=limits
-        ).add_to_server(sites_server)
+        blobs = BlobServicer(parts.access, store, spool, identify=identity.caller, executor=executor, limits=limits)
+        blobs.add_to_server(sites_server)
+        ProbeServicer(identify=identity.admitted, admission=blobs.admission).add_to_server(sites_server)
         admin_server = grpc.aio.server(options=rpc.server_options())
         admin = AdminServicer(
             database=database,

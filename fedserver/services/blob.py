@@ -11,10 +11,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import Executor
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc
@@ -29,6 +27,7 @@ from fedlink.errors import FedlinkError, Reason
 from fedlink.transfer import ImportPurpose, Purpose, TaskPurpose
 from fedlink.v1 import blob_service_pb2 as pb
 from fedserver.runtime.access import BlobAccess, Caller
+from fedserver.services.admission import Admission, BulkLimits
 from fedserver.services.status import Context, translated
 from fedserver.store.blobs import BlobReader, BlobStore
 from fedserver.store.spool import UPLOAD_ID_SIZE, Spool, offset_mismatch
@@ -40,22 +39,12 @@ Identify = Callable[[Context], Awaitable[Caller]]
 _SERVICE = pb.DESCRIPTOR.services_by_name["BlobService"].full_name
 
 
-@dataclass(frozen=True, slots=True)
-class BulkLimits:
-    """How much bulk traffic is let in at once; what is over gets BUSY."""
-
-    streams: int = 16
-    """Streams in all. One takes about 12 MiB of memory."""
-    streams_per_caller: int = 4
-    """Streams of one client, so that none can keep the others out."""
-    retry_after: float = 0.5
-    """Seconds after which a client turned away may ask again."""
-    stall: float = 60.0
-    """Seconds without a message after which a stream loses its place."""
-
-
 class BlobServicer:
-    """The five calls, for one listener; see the .proto for each."""
+    """The calls that move blobs, for one listener; see the .proto for each.
+
+    Attributes:
+        admission: the places for bulk streams.
+    """
 
     def __init__(
         self,
@@ -72,8 +61,8 @@ class BlobServicer:
         self._spool = spool
         self._identify = identify
         self._executor = executor
-        self._limits = limits or BulkLimits()
-        self._streams: Counter[str] = Counter()
+        self.admission = Admission(limits or BulkLimits())
+        self._limits = self.admission.limits
         self._writers = _Writers()
 
     def add_to_server(self, server: grpc.aio.Server) -> None:
@@ -104,7 +93,7 @@ class BlobServicer:
     async def read_blob(self, request: pb.ReadBlobRequest, context: Context) -> None:
         """ReadBlob."""
         caller = await self._identify(context)
-        with self._admitted(caller):
+        with self.admission.place(caller):
             if len(request.digest) != DIGEST_SIZE:
                 raise FedlinkError(Reason.BLOB_NOT_FOUND, f"A digest has {DIGEST_SIZE} bytes.")
             ref = await self._access.readable(caller, request.task_token, request.digest)
@@ -145,7 +134,7 @@ class BlobServicer:
     async def write_blob(self, requests: AsyncIterator[bytes], context: Context) -> pb.WriteBlobResponse:
         """WriteBlob."""
         caller = await self._identify(context)
-        with self._admitted(caller):
+        with self.admission.place(caller):
             upload_id = await self._upload_named(requests)
             await self._access.owned(caller, upload_id)
             return await self._writers.newest(upload_id, lambda: self._receive(upload_id, requests))
@@ -158,20 +147,6 @@ class BlobServicer:
         await self._access.owned(caller, request.upload_id)
         size, committed = await self._run(self._extent, request.upload_id)
         return pb.QueryUploadResponse(committed_size=committed, complete=committed == size)
-
-    @contextlib.contextmanager
-    def _admitted(self, caller: Caller) -> Iterator[None]:
-        limits = self._limits
-        if self._streams.total() >= limits.streams or self._streams[caller.name] >= limits.streams_per_caller:
-            text = "The server moves as many blobs as it can at once; come back in a moment."
-            raise FedlinkError(Reason.BUSY, text, retry_after=limits.retry_after)
-        self._streams[caller.name] += 1
-        try:
-            yield
-        finally:
-            self._streams[caller.name] -= 1
-            if not self._streams[caller.name]:
-                del self._streams[caller.name]
 
     async def _open(self, digest: bytes) -> BlobReader:
         opening = asyncio.get_running_loop().run_in_executor(self._executor, self._store.open, digest)

@@ -49,6 +49,14 @@ class SiteIdentity:
         """The calling site, for the blob service."""
         return Caller(self.site(context).name, operator=False)
 
+    async def admitted(self, context: Context) -> Caller:
+        """The calling site by its credential alone; it does not count as seen.
+
+        Raises:
+            FedlinkError: BAD_CREDENTIALS, BAD_NAME.
+        """
+        return Caller(self.name(context), operator=False)
+
 
 async def operator(context: Context) -> Caller:
     """The caller on the operators' listener, which the file system protects.

@@ -22,6 +22,8 @@ MAX_MANIFEST_SIZE = 8 << 20
 """Bytes in the largest serialized Manifest."""
 MAX_STREAM_BYTES = 64 << 20
 """Bytes one bulk stream carries before it ends normally."""
+MAX_PROBE_BYTES = 32 << 20
+"""Bytes one probe of the line moves."""
 MAX_MESSAGE_BYTES = 4 << 20
 """Bytes in the largest gRPC message (gRPC's own default, kept as the guard)."""
 

@@ -67,6 +67,16 @@ class BlobServiceStub(object):
                 request_serializer=fedlink_dot_v1_dot_blob__service__pb2.QueryUploadRequest.SerializeToString,
                 response_deserializer=fedlink_dot_v1_dot_blob__service__pb2.QueryUploadResponse.FromString,
                 _registered_method=True)
+        self.ProbeDownload = channel.unary_stream(
+                '/fedlink.v1.BlobService/ProbeDownload',
+                request_serializer=fedlink_dot_v1_dot_blob__service__pb2.ProbeDownloadRequest.SerializeToString,
+                response_deserializer=fedlink_dot_v1_dot_blob__service__pb2.ProbeDownloadResponse.FromString,
+                _registered_method=True)
+        self.ProbeUpload = channel.stream_unary(
+                '/fedlink.v1.BlobService/ProbeUpload',
+                request_serializer=fedlink_dot_v1_dot_blob__service__pb2.ProbeUploadRequest.SerializeToString,
+                response_deserializer=fedlink_dot_v1_dot_blob__service__pb2.ProbeUploadResponse.FromString,
+                _registered_method=True)
 
 
 class BlobServiceServicer(object):
@@ -148,6 +158,33 @@ class BlobServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ProbeDownload(self, request, context):
+        """ProbeDownload streams size bytes without meaning, at most 32 MiB and for at
+        most 60 s, so that a site can measure the line (feature "probe"). Each
+        message carries at most 1 MiB; the stream may end early. A size of 0 moves
+        nothing: then the call says whether the site is admitted. Served to sites
+        only, and by their credential alone: no session is needed, and none changed.
+        Repeating the call is free of effects.
+
+        UNAUTHENTICATED / BAD_CREDENTIALS: as for CoordinationService.
+        INVALID_ARGUMENT / TOO_LARGE: size is over 32 MiB. RESOURCE_EXHAUSTED / BUSY
+        with RetryInfo: no bulk stream is free now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ProbeUpload(self, request_iterator, context):
+        """ProbeUpload takes bytes and throws them away: the other way, with the same
+        rules. The answer comes when the client ends the stream, at 32 MiB, or after
+        60 s.
+
+        UNAUTHENTICATED / BAD_CREDENTIALS and RESOURCE_EXHAUSTED / BUSY: as above.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_BlobServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -175,6 +212,16 @@ def add_BlobServiceServicer_to_server(servicer, server):
                     servicer.QueryUpload,
                     request_deserializer=fedlink_dot_v1_dot_blob__service__pb2.QueryUploadRequest.FromString,
                     response_serializer=fedlink_dot_v1_dot_blob__service__pb2.QueryUploadResponse.SerializeToString,
+            ),
+            'ProbeDownload': grpc.unary_stream_rpc_method_handler(
+                    servicer.ProbeDownload,
+                    request_deserializer=fedlink_dot_v1_dot_blob__service__pb2.ProbeDownloadRequest.FromString,
+                    response_serializer=fedlink_dot_v1_dot_blob__service__pb2.ProbeDownloadResponse.SerializeToString,
+            ),
+            'ProbeUpload': grpc.stream_unary_rpc_method_handler(
+                    servicer.ProbeUpload,
+                    request_deserializer=fedlink_dot_v1_dot_blob__service__pb2.ProbeUploadRequest.FromString,
+                    response_serializer=fedlink_dot_v1_dot_blob__service__pb2.ProbeUploadResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -320,6 +367,60 @@ class BlobService(object):
             '/fedlink.v1.BlobService/QueryUpload',
             fedlink_dot_v1_dot_blob__service__pb2.QueryUploadRequest.SerializeToString,
             fedlink_dot_v1_dot_blob__service__pb2.QueryUploadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ProbeDownload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/fedlink.v1.BlobService/ProbeDownload',
+            fedlink_dot_v1_dot_blob__service__pb2.ProbeDownloadRequest.SerializeToString,
+            fedlink_dot_v1_dot_blob__service__pb2.ProbeDownloadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ProbeUpload(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/fedlink.v1.BlobService/ProbeUpload',
+            fedlink_dot_v1_dot_blob__service__pb2.ProbeUploadRequest.SerializeToString,
+            fedlink_dot_v1_dot_blob__service__pb2.ProbeUploadResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -88,6 +88,25 @@ class BlobServiceStub:
     """
     QueryUpload: _grpc.UnaryUnaryMultiCallable[_blob_service_pb2.QueryUploadRequest, _blob_service_pb2.QueryUploadResponse]
     """QueryUpload says how far an upload is, without touching it."""
+    ProbeDownload: _grpc.UnaryStreamMultiCallable[_blob_service_pb2.ProbeDownloadRequest, _blob_service_pb2.ProbeDownloadResponse]
+    """ProbeDownload streams size bytes without meaning, at most 32 MiB and for at
+    most 60 s, so that a site can measure the line (feature "probe"). Each
+    message carries at most 1 MiB; the stream may end early. A size of 0 moves
+    nothing: then the call says whether the site is admitted. Served to sites
+    only, and by their credential alone: no session is needed, and none changed.
+    Repeating the call is free of effects.
+
+    UNAUTHENTICATED / BAD_CREDENTIALS: as for CoordinationService.
+    INVALID_ARGUMENT / TOO_LARGE: size is over 32 MiB. RESOURCE_EXHAUSTED / BUSY
+    with RetryInfo: no bulk stream is free now.
+    """
+    ProbeUpload: _grpc.StreamUnaryMultiCallable[_blob_service_pb2.ProbeUploadRequest, _blob_service_pb2.ProbeUploadResponse]
+    """ProbeUpload takes bytes and throws them away: the other way, with the same
+    rules. The answer comes when the client ends the stream, at 32 MiB, or after
+    60 s.
+
+    UNAUTHENTICATED / BAD_CREDENTIALS and RESOURCE_EXHAUSTED / BUSY: as above.
+    """
 
 @_typing.type_check_only
 class BlobServiceAsyncStub(BlobServiceStub):
@@ -149,6 +168,25 @@ class BlobServiceAsyncStub(BlobServiceStub):
     """
     QueryUpload: _aio.UnaryUnaryMultiCallable[_blob_service_pb2.QueryUploadRequest, _blob_service_pb2.QueryUploadResponse]  # type: ignore[assignment]
     """QueryUpload says how far an upload is, without touching it."""
+    ProbeDownload: _aio.UnaryStreamMultiCallable[_blob_service_pb2.ProbeDownloadRequest, _blob_service_pb2.ProbeDownloadResponse]  # type: ignore[assignment]
+    """ProbeDownload streams size bytes without meaning, at most 32 MiB and for at
+    most 60 s, so that a site can measure the line (feature "probe"). Each
+    message carries at most 1 MiB; the stream may end early. A size of 0 moves
+    nothing: then the call says whether the site is admitted. Served to sites
+    only, and by their credential alone: no session is needed, and none changed.
+    Repeating the call is free of effects.
+
+    UNAUTHENTICATED / BAD_CREDENTIALS: as for CoordinationService.
+    INVALID_ARGUMENT / TOO_LARGE: size is over 32 MiB. RESOURCE_EXHAUSTED / BUSY
+    with RetryInfo: no bulk stream is free now.
+    """
+    ProbeUpload: _aio.StreamUnaryMultiCallable[_blob_service_pb2.ProbeUploadRequest, _blob_service_pb2.ProbeUploadResponse]  # type: ignore[assignment]
+    """ProbeUpload takes bytes and throws them away: the other way, with the same
+    rules. The answer comes when the client ends the stream, at 32 MiB, or after
+    60 s.
+
+    UNAUTHENTICATED / BAD_CREDENTIALS and RESOURCE_EXHAUSTED / BUSY: as above.
+    """
 
 class BlobServiceServicer(metaclass=_abc_1.ABCMeta):
     """BlobService moves blobs by digest and offset. It is served to sites, who may
@@ -237,5 +275,36 @@ class BlobServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_blob_service_pb2.QueryUploadResponse, _abc.Awaitable[_blob_service_pb2.QueryUploadResponse]]:
         """QueryUpload says how far an upload is, without touching it."""
+
+    @_abc_1.abstractmethod
+    def ProbeDownload(
+        self,
+        request: _blob_service_pb2.ProbeDownloadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_blob_service_pb2.ProbeDownloadResponse], _abc.AsyncIterator[_blob_service_pb2.ProbeDownloadResponse]]:
+        """ProbeDownload streams size bytes without meaning, at most 32 MiB and for at
+        most 60 s, so that a site can measure the line (feature "probe"). Each
+        message carries at most 1 MiB; the stream may end early. A size of 0 moves
+        nothing: then the call says whether the site is admitted. Served to sites
+        only, and by their credential alone: no session is needed, and none changed.
+        Repeating the call is free of effects.
+
+        UNAUTHENTICATED / BAD_CREDENTIALS: as for CoordinationService.
+        INVALID_ARGUMENT / TOO_LARGE: size is over 32 MiB. RESOURCE_EXHAUSTED / BUSY
+        with RetryInfo: no bulk stream is free now.
+        """
+
+    @_abc_1.abstractmethod
+    def ProbeUpload(
+        self,
+        request_iterator: _MaybeAsyncIterator[_blob_service_pb2.ProbeUploadRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_blob_service_pb2.ProbeUploadResponse, _abc.Awaitable[_blob_service_pb2.ProbeUploadResponse]]:
+        """ProbeUpload takes bytes and throws them away: the other way, with the same
+        rules. The answer comes when the client ends the stream, at 32 MiB, or after
+        60 s.
+
+        UNAUTHENTICATED / BAD_CREDENTIALS and RESOURCE_EXHAUSTED / BUSY: as above.
+        """
 
 def add_BlobServiceServicer_to_server(servicer: BlobServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -62,7 +62,7 @@ class GetServerInfoResponse(_message.Message):
 
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:
-        """The server's clock."""
+        """The server's clock, when it made this answer."""
 
     def __init__(
         self,
