@@ -167,7 +167,8 @@ class Trainer:
         if self._child is not None:
             await self._child.send("cancel", {})
         try:
-            await asyncio.wait_for(over.wait(), CANCEL_GRACE)
+            async with asyncio.timeout(CANCEL_GRACE):
+                await over.wait()
         except TimeoutError:
             if self._child is not None and not over.is_set():
                 self._log.warning("the trainer did not stop when asked; it is killed")

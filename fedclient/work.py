@@ -48,6 +48,9 @@ SESSION_OVER = frozenset(
 )
 """The server refuses this daemon: it stops."""
 
+LEAST_BEAT = 1.0
+"""Seconds between two heartbeats at least, unless the lease is shorter."""
+
 _T = TypeVar("_T")
 
 
@@ -213,7 +216,7 @@ class Work:
             FedlinkError: the session is over.
         """
         session, failures = self._tools.session, 0
-        await asyncio.sleep(min(1.0, session.lease_term / 3))
+        await asyncio.sleep(min(LEAST_BEAT, session.lease_term / 3))
         while True:
             self.status.changed.clear()
             try:
@@ -234,9 +237,12 @@ class Work:
                 )
                 continue
             third = session.lease_term / 3
-            await asyncio.sleep(min(1.0, third))
+            least = min(LEAST_BEAT, third)
+            await asyncio.sleep(least)
+            # Not `wait_for`: in Python 3.11 it may swallow a cancellation, and nothing else ends this loop.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.status.changed.wait(), third - min(1.0, third))
+                async with asyncio.timeout(third - least):
+                    await self.status.changed.wait()
 
     async def _beat(self) -> bool:
         status, session = self.status, self._tools.session
