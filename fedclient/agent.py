@@ -17,6 +17,7 @@ from pathlib import Path
 from fedclient.desk import Desk
 from fedclient.launch import Description, Trainer, TrainerFailed
 from fedclient.policy import Terms
+from fedclient.pulse import Pulse
 from fedclient.session import DeviceInfo, Session
 from fedclient.settings import SiteSettings
 from fedclient.spool import BlobCache, Spool
@@ -44,9 +45,11 @@ class Agent:
         self._rng = rng or random.Random()  # noqa: S311 - jitter, no secret
         self._trainers = Trainers(site, make_trainer)
         self._draining = asyncio.Event()
+        self._pulse = Pulse(site.state_dir)
 
     def drain(self) -> None:
         """Take no further task, let uploads finish, hand the rest back, and let `run` return."""
+        self._pulse.phase = "draining"
         self._draining.set()
 
     async def run(self) -> None:
@@ -59,6 +62,7 @@ class Agent:
         disk = ThreadPoolExecutor(1, "fedclient-spool")
         try:
             async with contextlib.AsyncExitStack() as stack:
+                await stack.enter_async_context(self._pulse.beating())
                 stack.push_async_callback(self._trainers.close)
                 desk = await self._unless_draining(self._open(spool, disk, stack))
                 if desk:
@@ -71,7 +75,9 @@ class Agent:
         terms, devices = await self._trainers.describe()
         offers = [t.offer for t in terms.values()]
         session = await stack.enter_async_context(Session(self._site, offers, devices, rng=self._rng))
+        self._pulse.phase = "looking for the server"
         await session.open()
+        self._pulse.phase = "serving"
         cache = BlobCache(self._site.state_dir / "cache", self._site.cache_limit)
         tools = Tools(session, spool, Transfer(session, cache), disk, self._rng, self._site.name)
         return Desk(tools, terms, self._trainers, self._site.devices)

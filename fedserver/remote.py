@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import grpc.aio
 from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fedlink import rpc
 from fedlink.blobs import MAX_MANIFEST_SIZE, BlobRef, chunk_digests_of, ref_of
@@ -80,6 +81,17 @@ class Admin:
             if not page.next_page_token:
                 return items
             request.page_token = page.next_page_token
+
+    async def healthy(self) -> None:
+        """Return if the server says that it serves.
+
+        Raises:
+            FedlinkError: UNREACHABLE.
+        """
+        stub: Any = health_pb2_grpc.HealthStub(self._channel)  # its stubs know no methods
+        answer = await self.call(stub.Check, health_pb2.HealthCheckRequest())
+        if answer.status != health_pb2.HealthCheckResponse.SERVING:
+            raise FedlinkError(Reason.UNREACHABLE, "the server runs but does not serve now")
 
     async def create_run(self, spec_json: str) -> pb.Run:
         """Start a run. A lost connection is no reason to start it twice: the request has an id.

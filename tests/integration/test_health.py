@@ -1,0 +1,62 @@
+"""`fedserver health` and `fedclient health`, which the containers' health checks ask."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fedclient.pulse import LATE_SECONDS, Pulse, read_pulse
+from fedlink.errors import FedlinkError
+from fedserver.app import running
+from fedserver.settings import ServerSettings
+
+
+async def fedserver_health(data_dir: Path) -> tuple[int, str]:
+    command = [str(Path(sys.executable).parent / "fedserver"), "health", "--data-dir", str(data_dir)]
+    done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+async def test_a_server_is_healthy_while_it_serves(tmp_path: Path) -> None:
+    data_dir = tmp_path / "data"
+    code, said = await fedserver_health(data_dir)
+    assert code == 3
+    assert "no server answers" in said
+    async with running(ServerSettings(data_dir=data_dir, listen="127.0.0.1:0")) as app:
+        assert await fedserver_health(data_dir) == (0, f"serving sites at {app.address}\n")
+    code, _ = await fedserver_health(data_dir)
+    assert code == 3
+
+
+async def test_a_server_nobody_can_connect_to_is_not_healthy(tmp_path: Path) -> None:
+    async with running(ServerSettings(data_dir=tmp_path, listen="127.0.0.1:0")):
+        (tmp_path / "address").write_text("127.0.0.1:1\n", encoding="ascii")
+        code, said = await fedserver_health(tmp_path)
+        assert code == 3
+        assert "takes no connections of sites" in said
+
+
+async def test_a_daemon_is_healthy_while_it_beats(tmp_path: Path) -> None:
+    with pytest.raises(FedlinkError, match="no fedclient runs"):
+        read_pulse(tmp_path)
+    pulse = Pulse(tmp_path)
+    async with pulse.beating():
+        await asyncio.sleep(0.05)
+        assert read_pulse(tmp_path) == "starting"
+    with pytest.raises(FedlinkError, match="no fedclient runs"):
+        read_pulse(tmp_path)
+
+
+async def test_a_daemon_that_hangs_or_was_killed_is_not_healthy(tmp_path: Path) -> None:
+    async with Pulse(tmp_path).beating():
+        await asyncio.sleep(0.05)
+        late = time.time() - LATE_SECONDS - 5
+        os.utime(tmp_path / "pulse", (late, late))
+        with pytest.raises(FedlinkError, match=r"no sign of life for 6[0-9] s"):
+            read_pulse(tmp_path)
