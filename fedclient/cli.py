@@ -7,6 +7,7 @@ one sentence on stderr that says what to do, never a traceback.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import os
 import signal
@@ -18,8 +19,10 @@ import typer
 import fedlink
 from fedclient.agent import Agent
 from fedclient.local_cli import init_model, train_local
+from fedclient.pulse import read_pulse
 from fedclient.settings import SiteSettings, load_site
 from fedlink import command, log, rpc
+from fedlink.corelog import handshakes_explained
 from fedlink.errors import EXIT_FAILED
 
 
@@ -63,6 +66,10 @@ def _options(
 def start(
     config: Annotated[Path, typer.Option(help="The site's site.toml.")] = Path("site.toml"),
     log_level: Annotated[LogLevel, typer.Option(help="How much to log.")] = LogLevel.INFO,
+    *,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Talk to another address than loopback without TLS.")
+    ] = False,
 ) -> None:
     """Serve as this site until stopped: fetch tasks, train, send updates.
 
@@ -70,7 +77,13 @@ def start(
     """
     log.setup(log_level.value)
     rpc.tune_malloc()
-    asyncio.run(_serve(load_site(config)))
+    asyncio.run(_serve(load_site(config, insecure=insecure)))
+
+
+@app.command()
+def health(config: Annotated[Path, typer.Option(help="The site's site.toml.")] = Path("site.toml")) -> None:
+    """Say whether this site's daemon lives; exit code 0 if so, whether the server can be reached or not."""
+    typer.echo(read_pulse(load_site(config).state_dir))
 
 
 async def _serve(site: SiteSettings) -> None:
@@ -88,7 +101,9 @@ async def _serve(site: SiteSettings) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    await agent.run()
+    with handshakes_explained(lambda _: None) if site.client_tls else contextlib.nullcontext():
+        # The session says why, better than the core and once.
+        await agent.run()
 
 
 def main() -> None:

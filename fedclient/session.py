@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import math
 import os
 import random
@@ -33,6 +32,7 @@ from fedlink.config import explain
 from fedlink.errors import FedlinkError, Reason
 from fedlink.manifest import ref_from_pb, ref_to_pb
 from fedlink.tensors import Kind
+from fedlink.tls import is_loopback, open_channel, refusal
 from fedlink.transfer import Retry
 from fedlink.v1 import coordination_service_pb2 as pb
 from fedlink.v1 import types_pb2 as types_pb
@@ -109,6 +109,9 @@ class TaskFailure:
 class Session:
     """One daemon process's session with the server. Use as an async context manager.
 
+    Raises:
+        FedlinkError: BAD_CONFIG if the token or a certificate cannot be used.
+
     Attributes:
         bulk: the channel for blobs.
         lease_term: seconds a task may go without `extend`.
@@ -123,9 +126,12 @@ class Session:
         self._rng = rng
         self._log = log.get("session").bind(client=site.name, server=site.server)
         self._credentials = _credentials(site)
+        self._tls = site.client_tls
+        self._own = self._tls.check() if self._tls else None
         self._id = b""
         self._opening = asyncio.Lock()
         self._away_since: float | None = None
+        self._look_again = 0.0
         self._registration = pb.RegisterClientRequest(
             instance_id=os.urandom(16),
             protocol_version=fedlink.PROTOCOL_VERSION,
@@ -145,11 +151,13 @@ class Session:
 
     async def __aenter__(self) -> Self:
         options = rpc.channel_options()
-        self._control = grpc.aio.insecure_channel(self._site.server, options)
-        self.bulk = grpc.aio.insecure_channel(self._site.server, options)
+        self._control = open_channel(self._site.server, self._tls, options)
+        self.bulk = open_channel(self._site.server, self._tls, options)
         self._stub = CoordinationServiceStub(self._control)
-        if self._site.token_file and not _is_loopback(self._site.server):
-            self._log.warning("the token and the weights travel unencrypted; use only a network you trust")
+        if self._tls is None and not is_loopback(self._site.server):
+            self._log.warning("everything travels unencrypted; use only a network you trust", because="insecure = true")
+        if self._own and (soon := self._own.ends_soon()):
+            self._log.warning(f"this site's certificate {soon}; ask the server's operator for a new one")
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -304,8 +312,28 @@ class Session:
             except FedlinkError as e:
                 if not e.reason.retryable or e.reason is Reason.SESSION_UNKNOWN:
                     raise
+                await self._look_into(e)
                 failures += 1
                 await asyncio.sleep(BACKOFF.delay(failures, self._rng, e.retry_after))
+
+    async def _look_into(self, error: FedlinkError) -> None:
+        """Find out whether TLS is why the server cannot be reached.
+
+        Before the first registration that is a mistake in the configuration, and ends the daemon.
+        Later it may be a certificate that is being renewed: it is said, and waited for.
+
+        Raises:
+            FedlinkError: TLS_REFUSED, with the cause.
+        """
+        now = asyncio.get_running_loop().time()
+        if error.reason is not Reason.UNREACHABLE or now < self._look_again:
+            return
+        cause = await asyncio.to_thread(refusal, self._site.server, self._tls)
+        if cause and not self._id:
+            raise cause
+        self._look_again = asyncio.get_running_loop().time() + (SAY_AGAIN_AFTER if self._id else 0)
+        if cause:
+            self._log.error("no connection comes about; trying again until it does", error=cause.message)
 
     async def _once(
         self, method: UnaryUnaryMultiCallable[_Request, _Response], request: _Request, patience: float = CALL_TIMEOUT
@@ -387,13 +415,6 @@ def _credentials(site: SiteSettings) -> rpc.Metadata:
     if not token.isprintable() or not 0 < len(token) <= 1024:
         raise FedlinkError(Reason.BAD_CONFIG, f"token_file {site.token_file} does not hold one token")
     return (*name, (rpc.META_AUTHORIZATION, f"Bearer {token}"))
-
-
-def _is_loopback(address: str) -> bool:
-    host = address.rpartition(":")[0].strip("[]")
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
 
 
 def _duration(seconds: float) -> duration_pb2.Duration:

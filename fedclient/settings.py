@@ -10,6 +10,7 @@ from typing import Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from fedlink.config import Bytes, Config, Name, Seconds, load_toml
+from fedlink.tls import ClientTls, is_loopback
 
 DEFAULT_SERVER = "127.0.0.1:8470"
 """Where `fedserver serve` listens by default."""
@@ -45,6 +46,25 @@ class WorkloadSettings(Config):
     """Let an idle trainer process go after so long."""
 
 
+class TlsSettings(Config):
+    """`[tls]`: how this site and the server know each other; files in PEM."""
+
+    ca: Path | None = None
+    """Certificates of the CAs that the server's certificate may come from; by default what this machine trusts."""
+    certificate: Path | None = None
+    """This site's certificate, if the server wants one; its common name is the site's name."""
+    key: Path | None = None
+    """The certificate's private key; not readable for everybody."""
+    server_name: str = ""
+    """The name in the server's certificate, if it is not the host in `server`."""
+
+    @model_validator(mode="after")
+    def _pair(self) -> Self:
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("certificate and key belong together: give both or none")
+        return self
+
+
 class SiteSettings(Config):
     """A site.toml."""
 
@@ -52,6 +72,10 @@ class SiteSettings(Config):
     """The site's name at the server."""
     server: str = DEFAULT_SERVER
     """Address of the server, HOST:PORT."""
+    insecure: bool = False
+    """Talk to another address than loopback without TLS: everybody on the way can read and change everything."""
+    tls: TlsSettings | None = None
+    """`[tls]`; without it, TLS is used all the same unless the server is on loopback or `insecure` is set."""
     token_file: Path | None = None
     """File that holds the token `fedserver client add` printed; not readable for others."""
     state_dir: Path = Path("fedclient-state")
@@ -73,10 +97,23 @@ class SiteSettings(Config):
         return value
 
     @model_validator(mode="after")
+    def _tls_or_not(self) -> Self:
+        if self.insecure and self.tls:
+            raise ValueError("insecure = true and [tls] contradict each other; take one out")
+        return self
+
+    @model_validator(mode="after")
     def _devices_differ(self) -> Self:
         if not self.devices or len(set(self.devices)) != len(self.devices):
             raise ValueError("devices: name at least one, each once")
         return self
+
+    @property
+    def client_tls(self) -> ClientTls | None:
+        """What goes into a handshake; None if the connection is not to be encrypted."""
+        if self.tls is None:
+            return None if self.insecure or is_loopback(self.server) else ClientTls()
+        return ClientTls(self.tls.ca, self.tls.certificate, self.tls.key, self.tls.server_name)
 
     def interpreter(self, workload: str) -> Path:
         """The Python that trains a workload."""
@@ -84,16 +121,24 @@ class SiteSettings(Config):
         return self.directory / python if python else Path(sys.executable)
 
 
-def load_site(path: Path) -> SiteSettings:
+def load_site(path: Path, *, insecure: bool = False) -> SiteSettings:
     """Read a site.toml; relative paths in it are relative to it.
+
+    Args:
+        path: the file.
+        insecure: set `insecure`, whatever the file says.
 
     Raises:
         FedlinkError: BAD_CONFIG, naming the key.
     """
     directory = path.resolve().parent
-    table = {k: v for k, v in load_toml(path).items() if k != "directory"}
+    table = {k: v for k, v in load_toml(path).items() if k != "directory"} | ({"insecure": True} if insecure else {})
     site = SiteSettings.checked(table, str(path))
     token = directory / site.token_file if site.token_file else None
+    tls = site.tls
+    if tls:
+        files = {name: directory / file for name in ("ca", "certificate", "key") if (file := getattr(tls, name))}
+        tls = tls.model_copy(update=files)
     return site.model_copy(
-        update={"directory": directory, "state_dir": directory / site.state_dir, "token_file": token}
+        update={"directory": directory, "state_dir": directory / site.state_dir, "token_file": token, "tls": tls}
     )

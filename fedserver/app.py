@@ -19,6 +19,7 @@ from grpc_reflection.v1alpha import reflection
 import fedlink
 from fedlink import log as logs
 from fedlink import rpc
+from fedlink.corelog import Summary, handshakes_explained
 from fedlink.errors import FedlinkError, Reason
 from fedlink.v1 import admin_service_pb2_grpc, coordination_service_pb2_grpc
 from fedserver.runtime.board import TaskBoard
@@ -33,10 +34,11 @@ from fedserver.runtime.versions import Versions
 from fedserver.services.admin import AdminServicer
 from fedserver.services.admission import BulkLimits
 from fedserver.services.blob import BlobServicer
+from fedserver.services.certificates import Certificates
 from fedserver.services.coordination import CoordinationServicer
 from fedserver.services.identity import SiteIdentity, operator
 from fedserver.services.probe import ProbeServicer
-from fedserver.settings import ServerSettings, admin_socket
+from fedserver.settings import Proof, ServerSettings, admin_socket
 from fedserver.store.blobs import DirectoryBlobStore
 from fedserver.store.database import Database
 from fedserver.store.spool import Spool
@@ -70,7 +72,12 @@ async def serve(settings: ServerSettings) -> None:
         loop.add_signal_handler(number, stop.set)
     async with running(settings) as app:
         logs.get("server").info(
-            "serving", sites=app.address, operators=str(app.socket), version=fedlink.__version__, pid=os.getpid()
+            "serving",
+            sites=app.address,
+            tls=_tls(settings),
+            operators=str(app.socket),
+            version=fedlink.__version__,
+            pid=os.getpid(),
         )
         await stop.wait()
         logs.get("server").info("draining")
@@ -100,7 +107,11 @@ async def running(settings: ServerSettings) -> AsyncIterator[App]:
         stack.push_async_callback(engine.close)
 
         limits = BulkLimits(streams=settings.bulk_streams, streams_per_caller=max(1, settings.bulk_streams // 2))
-        identity = SiteIdentity(parts.sites)
+        certificates = Certificates(settings.tls) if settings.tls else None
+        if certificates:
+            stack.enter_context(handshakes_explained(Summary(_refused).add))
+        by_certificate = settings.proof is Proof.CERTIFICATE
+        identity = SiteIdentity(parts.sites, certificates if by_certificate else None)
         coordination = CoordinationServicer(
             identity=identity,
             sites=parts.sites,
@@ -131,7 +142,7 @@ async def running(settings: ServerSettings) -> AsyncIterator[App]:
         )
         reflection.enable_server_reflection((*_SERVICES[:2], reflection.SERVICE_NAME), admin_server)
         socket = admin_socket(data_dir)
-        address = await _listen(settings, sites_server, admin_server, socket)
+        address = await _listen(settings, certificates, sites_server, admin_server, socket)
         (data_dir / "address").write_text(address + "\n", encoding="ascii")
         app = App(address, socket)
         try:
@@ -143,6 +154,16 @@ async def running(settings: ServerSettings) -> AsyncIterator[App]:
             socket.unlink(missing_ok=True)
 
 
+def _refused(cause: str, connections: int) -> None:
+    logs.get("tls").warning("refused a connection", because=cause, connections=connections)
+
+
+def _tls(settings: ServerSettings) -> str:
+    if settings.proof is Proof.CERTIFICATE:
+        return "mutual"
+    return "on" if settings.tls else "off"
+
+
 def _build(
     settings: ServerSettings, database: Database, store: DirectoryBlobStore, spool: Spool
 ) -> tuple[Parts, Engine]:
@@ -150,13 +171,17 @@ def _build(
     versions = Versions(database, store, spool, settings.data_dir / "tmp")
     access = TaskBlobAccess(database, board, versions, store, spool)
     changed = asyncio.Event()
-    sites = SiteRegistry(database, lease_term=settings.lease_term, open_names=settings.loopback, changed=changed.set)
+    sites = SiteRegistry(database, lease_term=settings.lease_term, proof=settings.proof, changed=changed.set)
     parts = Parts(database, board, sites, versions, access, EventFeed(database))
     return parts, Engine(parts, changed)
 
 
 async def _listen(
-    settings: ServerSettings, sites_server: grpc.aio.Server, admin_server: grpc.aio.Server, socket: Path
+    settings: ServerSettings,
+    certificates: Certificates | None,
+    sites_server: grpc.aio.Server,
+    admin_server: grpc.aio.Server,
+    socket: Path,
 ) -> str:
     for server in (sites_server, admin_server):
         servicer = health.aio.HealthServicer()
@@ -168,7 +193,10 @@ async def _listen(
         probe = await asyncio.get_running_loop().create_server(asyncio.Protocol, host.strip("[]"), int(number))
         probe.close()
         await probe.wait_closed()
-        port = sites_server.add_insecure_port(settings.listen)
+        if certificates:
+            port = sites_server.add_secure_port(settings.listen, certificates.credentials())
+        else:
+            port = sites_server.add_insecure_port(settings.listen)
     except (OSError, RuntimeError):
         port = 0
     if port == 0:

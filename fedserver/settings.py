@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import enum
 import hashlib
-import ipaddress
 import os
 import stat
 import tempfile
@@ -14,10 +14,46 @@ from pydantic import Field, field_validator, model_validator
 
 from fedlink.config import Config, Seconds, load_toml
 from fedlink.errors import FedlinkError, Reason
+from fedlink.tls import is_loopback
 
 DEFAULT_DATA_DIR = Path("fedserver-data")
 DEFAULT_LISTEN = "127.0.0.1:8470"
 _MAX_SOCKET_PATH = 100
+
+
+class Proof(enum.Enum):
+    """How a site proves who it is."""
+
+    NONE = enum.auto()
+    """A name without a token is taken on its word."""
+    TOKEN = enum.auto()
+    """A bearer token."""
+    CERTIFICATE = enum.auto()
+    """The certificate of the connection."""
+
+
+class TlsSettings(Config):
+    """`[tls]`: how server and sites know each other; files in PEM, read again when they change."""
+
+    certificate: Path
+    """The server's certificate, with any intermediate ones after it."""
+    key: Path
+    """Its private key; not readable for everybody."""
+    client_ca: Path | None = None
+    """Mutual TLS: every site needs a certificate of one of these CAs, and is its common name."""
+    revoked: Path | None = None
+    """Revocation lists of those CAs."""
+
+    @model_validator(mode="after")
+    def _mutual(self) -> Self:
+        if self.revoked and not self.client_ca:
+            raise ValueError("revoked names certificates of sites, which only client_ca asks for; set both")
+        return self
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file there is."""
+        return tuple(f for f in (self.certificate, self.key, self.client_ca, self.revoked) if f)
 
 
 class ServerSettings(Config):
@@ -29,6 +65,8 @@ class ServerSettings(Config):
     """HOST:PORT for the sites; port 0 takes a free one."""
     insecure: bool = False
     """Serve another address than loopback without TLS; every site then needs a token."""
+    tls: TlsSettings | None = None
+    """`[tls]`; without it, only loopback is served, or an `insecure` address."""
     database: str = ""
     """SQLAlchemy URL; by default SQLite in the data directory."""
     lease_term: Seconds = Field(30.0, ge=1, le=86400)
@@ -49,10 +87,12 @@ class ServerSettings(Config):
 
     @model_validator(mode="after")
     def _safe(self) -> Self:
-        if not self.loopback and not self.insecure:
+        if self.insecure and self.tls:
+            raise ValueError("insecure and [tls] contradict each other; take one out")
+        if not self.loopback and not self.insecure and not self.tls:
             raise ValueError(
                 f"listen = {self.listen!r} is not a loopback address, and connections are not encrypted; "
-                "listen on 127.0.0.1, or say --insecure on a network you trust"
+                "add [tls] (docs/security.md), or say --insecure on a network you trust"
             )
         if self.max_poll_wait >= self.lease_term:
             raise ValueError("max_poll_wait must be below lease_term, or waiting sites would count as gone")
@@ -61,11 +101,14 @@ class ServerSettings(Config):
     @property
     def loopback(self) -> bool:
         """Whether only this machine can connect."""
-        host = self.listen.rpartition(":")[0].strip("[]")
-        try:
-            return host == "localhost" or ipaddress.ip_address(host).is_loopback
-        except ValueError:
-            return False
+        return is_loopback(self.listen)
+
+    @property
+    def proof(self) -> Proof:
+        """How a site proves who it is."""
+        if self.tls and self.tls.client_ca:
+            return Proof.CERTIFICATE
+        return Proof.NONE if self.loopback and not self.tls else Proof.TOKEN
 
     @property
     def database_url(self) -> str:
@@ -82,6 +125,11 @@ def load_settings(path: Path | None, overrides: dict[str, Any]) -> ServerSetting
     table = load_toml(path) if path else {}
     if path and "data_dir" in table:
         table["data_dir"] = path.resolve().parent / str(table["data_dir"])
+    if path and isinstance(table.get("tls"), dict):
+        table["tls"] = {
+            key: path.resolve().parent / value if isinstance(value, str) else value
+            for key, value in table["tls"].items()
+        }
     given = {k: v for k, v in overrides.items() if v is not None}
     return ServerSettings.checked(table | given, str(path) if path else "command line")
 

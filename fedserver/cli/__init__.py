@@ -11,7 +11,8 @@ import typer
 import fedlink
 from fedlink import command
 from fedlink import log as logs
-from fedserver.cli import clients, models, rounds, runs
+from fedserver.cli import certificates, clients, models, rounds, runs
+from fedserver.cli.health import health
 from fedserver.settings import load_settings
 
 app = typer.Typer(
@@ -24,7 +25,9 @@ app = typer.Typer(
 app.add_typer(runs.app, name="run", help="Create, watch and steer runs.")
 app.add_typer(rounds.app, name="round", help="See the rounds of a run.")
 app.add_typer(clients.app, name="client", help="Give sites credentials, and take them away.")
+app.add_typer(certificates.app, name="certificate", help="Make certificates, where there is no PKI.")
 app.add_typer(models.app, name="model", help="Import starting weights, export results.")
+app.command()(health)
 
 
 def _show_version(wanted: bool) -> None:

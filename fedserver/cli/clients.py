@@ -20,13 +20,17 @@ def add(
     rotate: Annotated[bool, typer.Option("--rotate", help="Replace the token it has, or un-revoke it.")] = False,
     data_dir: DataDir = DATA_DIR,
 ) -> None:
-    """Make a token for a site and print it, this once."""
+    """Admit a site; prints its token, this once, unless sites prove themselves by certificate."""
 
     async def work(admin: Admin) -> str:
         response = await admin.call(admin.stub.AddClient, pb.AddClientRequest(name=name, rotate=rotate))
         return str(response.token)
 
-    typer.echo(with_admin(data_dir, work))
+    token = with_admin(data_dir, work)
+    if not token:
+        typer.echo(f"client {name} is admitted with a certificate whose common name is {name}")
+        return
+    typer.echo(token)
     typer.echo(f"Put this token into {name}'s token_file (mode 600); it is not shown again.", err=True)
 
 

@@ -19,6 +19,7 @@ from fedlink.settings_schema import parse_schema
 from fedlink.v1 import coordination_service_pb2 as pb
 from fedserver.rounds.selection import Offer
 from fedserver.runtime.whole import whole
+from fedserver.settings import Proof
 from fedserver.store.database import Database
 from fedserver.store.queries import clients as q
 from fedserver.store.rows import ClientRow
@@ -59,14 +60,14 @@ class SiteRegistry:
     Args:
         database: where sites are kept.
         lease_term: seconds without a sign after which a site counts as gone.
-        open_names: whether a name without a token is taken on its word (loopback).
+        proof: how a site proves who it is.
         changed: called when a site connects or changes what it offers.
     """
 
-    def __init__(self, database: Database, *, lease_term: float, open_names: bool, changed: Callable[[], None]) -> None:
+    def __init__(self, database: Database, *, lease_term: float, proof: Proof, changed: Callable[[], None]) -> None:
         self._db = database
         self._lease_term = lease_term
-        self._open_names = open_names
+        self._proof = proof
         self._changed = changed
         self._sites: dict[str, Site] = {}
         # Between looking at a site and writing it, nobody else may change it.
@@ -97,7 +98,7 @@ class SiteRegistry:
         """Make a credential.
 
         Returns:
-            The bearer token; only its hash is kept.
+            The bearer token, of which only a hash is kept; empty where certificates are the proof.
 
         Raises:
             FedlinkError: BAD_NAME, CLIENT_EXISTS.
@@ -108,13 +109,14 @@ class SiteRegistry:
             raise FedlinkError(Reason.BAD_NAME, str(e)) from None
         async with self._changing:
             site = self._sites.get(name)
-            if site and (site.row.token_hash or site.row.revoked) and not rotate:
-                what = "is revoked" if site.row.revoked else "has a token"
-                raise FedlinkError(
-                    Reason.CLIENT_EXISTS, f"client {name!r} {what} already; use --rotate to replace its token"
-                )
-            token = TOKEN_PREFIX + secrets.token_urlsafe(32)
-            await self._save(name, token_hash=token_hash(token), revoked=False, session=None, instance_id=None)
+            by_certificate = self._proof is Proof.CERTIFICATE
+            if site and (by_certificate or site.row.token_hash or site.row.revoked) and not rotate:
+                what = "is revoked" if site.row.revoked else "is here" if by_certificate else "has a token"
+                advice = "admit it again" if by_certificate else "replace its token"
+                raise FedlinkError(Reason.CLIENT_EXISTS, f"client {name!r} {what} already; use --rotate to {advice}")
+            token = "" if by_certificate else TOKEN_PREFIX + secrets.token_urlsafe(32)
+            kept = token_hash(token) if token else None
+            await self._save(name, token_hash=kept, revoked=False, session=None, instance_id=None)
         return token
 
     @whole
@@ -129,8 +131,24 @@ class SiteRegistry:
         async with self._changing:
             await self._save(name, revoked=True, session=None, instance_id=None)
 
+    def admit(self, name: str) -> str:
+        """The name of the site that makes a call, which its certificate has proven.
+
+        Raises:
+            FedlinkError: BAD_CREDENTIALS if no operator has admitted it, or one has revoked it.
+        """
+        site = self._sites.get(name)
+        if site is None:
+            raise FedlinkError(
+                Reason.BAD_CREDENTIALS,
+                f"client {name!r} is not admitted; the server's operator does that with `fedserver client add {name}`",
+            )
+        if site.row.revoked:
+            raise FedlinkError(Reason.BAD_CREDENTIALS, f"client {name!r} was revoked by the server's operator")
+        return name
+
     def authenticate(self, name: str, token: str | None) -> str:
-        """The name of the site that makes a call.
+        """The name of the site that makes a call, by its token.
 
         Raises:
             FedlinkError: BAD_NAME; BAD_CREDENTIALS, in a sentence that does not say whether a name exists.
@@ -148,7 +166,7 @@ class SiteRegistry:
                     f"the token is not one of client {name!r}, or it was revoked; "
                     "`fedserver client add --rotate` makes a new one",
                 )
-        elif not self._open_names or (site and (site.row.token_hash or site.row.revoked)):
+        elif self._proof is not Proof.NONE or (site and (site.row.token_hash or site.row.revoked)):
             raise FedlinkError(
                 Reason.BAD_CREDENTIALS,
                 f"client {name!r} needs a token: `fedserver client add {name}` prints one for its token_file",

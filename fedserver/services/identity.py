@@ -6,6 +6,7 @@ from fedlink.errors import FedlinkError, Reason
 from fedlink.rpc import META_AUTHORIZATION, META_CLIENT, META_SESSION, metadata_value
 from fedserver.runtime.access import Caller
 from fedserver.runtime.sites import Site, SiteRegistry
+from fedserver.services.certificates import Certificates
 from fedserver.services.status import Context
 
 _BEARER = "Bearer "
@@ -13,10 +14,16 @@ _MAX_TOKEN = 256
 
 
 class SiteIdentity:
-    """Callers on the sites' listener."""
+    """Callers on the sites' listener.
 
-    def __init__(self, sites: SiteRegistry) -> None:
+    Args:
+        sites: the registry.
+        certificates: what judges the certificates of clients, if they are the proof of identity.
+    """
+
+    def __init__(self, sites: SiteRegistry, certificates: Certificates | None) -> None:
         self._sites = sites
+        self._certificates = certificates
 
     def name(self, context: Context) -> str:
         """The name of the calling site, by its credential.
@@ -25,6 +32,8 @@ class SiteIdentity:
             FedlinkError: BAD_CREDENTIALS, BAD_NAME.
         """
         metadata = _metadata(context)
+        if self._certificates:
+            return self._by_certificate(self._certificates, context, metadata_value(metadata, META_CLIENT))
         name, authorization = metadata_value(metadata, META_CLIENT), metadata_value(metadata, META_AUTHORIZATION)
         if not isinstance(name, str) or not name:
             raise FedlinkError(Reason.BAD_CREDENTIALS, f"the call has no metadata {META_CLIENT!r} to say who calls")
@@ -35,6 +44,16 @@ class SiteIdentity:
                 raise FedlinkError(Reason.BAD_CREDENTIALS, "authorization is not `Bearer TOKEN`")
             token = text.removeprefix(_BEARER)
         return self._sites.authenticate(name, token)
+
+    def _by_certificate(self, certificates: Certificates, context: Context, says: str | bytes | None) -> str:
+        name = certificates.client_name(context.auth_context())
+        if says is not None and says != name:
+            raise FedlinkError(
+                Reason.BAD_CREDENTIALS,
+                f"the certificate is that of {name!r}, but the call says that it comes from {says!r}; "
+                "name in site.toml and the certificate's common name have to be the same",
+            )
+        return self._sites.admit(name)
 
     def site(self, context: Context) -> Site:
         """The calling site, by its credential and session; it is hereby seen.

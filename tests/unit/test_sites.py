@@ -13,6 +13,7 @@ from fedlink import MIN_PROTOCOL_VERSION, PROTOCOL_VERSION
 from fedlink.errors import FedlinkError, Reason
 from fedlink.v1 import coordination_service_pb2 as pb
 from fedserver.runtime.sites import SiteRegistry, token_hash
+from fedserver.settings import Proof
 from fedserver.store.database import Database
 from fedserver.store.queries import clients as q
 
@@ -27,8 +28,8 @@ async def database(tmp_path: Path) -> AsyncIterator[Database]:
     db.close()
 
 
-def registry(database: Database, *, open_names: bool = True, lease_term: float = 30.0) -> SiteRegistry:
-    return SiteRegistry(database, lease_term=lease_term, open_names=open_names, changed=lambda: None)
+def registry(database: Database, *, proof: Proof = Proof.NONE, lease_term: float = 30.0) -> SiteRegistry:
+    return SiteRegistry(database, lease_term=lease_term, proof=proof, changed=lambda: None)
 
 
 def hello(instance: bytes | None = None, **values) -> pb.RegisterClientRequest:
@@ -92,7 +93,7 @@ async def test_a_registration_that_races_a_revocation_does_not_bring_the_site_ba
 
 
 async def test_tokens(database: Database) -> None:
-    sites = registry(database, open_names=False)
+    sites = registry(database, proof=Proof.TOKEN)
     token = await sites.add("a", rotate=False)
     assert sites.authenticate("a", token) == "a"
     stored = await database.run(lambda c: q.client(c, "a"))

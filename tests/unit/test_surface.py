@@ -12,9 +12,14 @@ import fedserver.cli
 from fedlink.errors import Reason
 
 COMMANDS = {
+    "fedserver certificate authority": "--name DIRECTORY",
+    "fedserver certificate revoke": "CERTIFICATE DIRECTORY",
+    "fedserver certificate server": "--days DIRECTORY HOSTS",
+    "fedserver certificate site": "--days DIRECTORY NAMES",
     "fedserver client add": "--data-dir --rotate NAME",
     "fedserver client list": "--data-dir --json",
     "fedserver client revoke": "--data-dir NAME",
+    "fedserver health": "--data-dir",
     "fedserver model export": "--data-dir --json DIRECTORY NAME",
     "fedserver model import": "--buffer --data-dir --frozen --json --name SOURCE",
     "fedserver model list": "--data-dir --json",
@@ -30,13 +35,15 @@ COMMANDS = {
     "fedserver run stop": "--data-dir --json RUN",
     "fedserver run watch": "--data-dir --json RUN",
     "fedserver serve": "--config --data-dir --insecure --lease-term --listen --log-level",
+    "fedclient health": "--config",
     "fedclient init-model": "--config --json --output --seed -o WORKLOAD",
-    "fedclient start": "--config --log-level",
+    "fedclient start": "--config --insecure --log-level",
     "fedclient train-local": "--config --json --model --output --settings -o",
 }
 """Options and arguments of every command."""
 REASONS = {
     "BAD_CREDENTIALS": "UNAUTHENTICATED",
+    "TLS_REFUSED": "UNAVAILABLE",
     "SESSION_UNKNOWN": "UNAUTHENTICATED",
     "SESSION_REPLACED": "ABORTED",
     "NOT_AN_OPERATOR": "PERMISSION_DENIED",

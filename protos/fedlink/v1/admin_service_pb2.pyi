@@ -1035,7 +1035,9 @@ class AddClientResponse(_message.Message):
 
     TOKEN_FIELD_NUMBER: _builtins.int
     token: _builtins.str
-    """Shown this once; the server keeps a hash."""
+    """Shown this once; the server keeps a hash. Empty where sites prove themselves
+    by certificate (mutual TLS).
+    """
     def __init__(
         self,
         *,

@@ -1,0 +1,212 @@
+"""A certificate authority in a directory, for federations without one of their own.
+
+    ca.crt ca.key           the authority; ca.key is worth as much as every site together
+    server.crt server.key   for fedserver.toml
+    sites/NAME.crt .key     for the site of that name
+    revoked.crl             what `revoke` has taken back
+
+Keys are P-256 and unencrypted, mode 600; certificates follow RFC 5280.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import ipaddress
+import os
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from fedlink.config import check_name
+from fedlink.errors import FedlinkError, Reason
+
+AUTHORITY_DAYS = 3650
+"""How long a new authority is good for."""
+_CLOCK_SLACK = dt.timedelta(minutes=5)
+
+
+class Authority:
+    """The authority in a directory.
+
+    Args:
+        directory: where it is, or will be.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.certificate = directory / "ca.crt"
+        self.revocations = directory / "revoked.crl"
+        self._key = directory / "ca.key"
+
+    def create(self, name: str) -> None:
+        """Make the authority, and an empty revocation list.
+
+        Raises:
+            FedlinkError: BAD_CONFIG if there is one already, or the directory cannot be written.
+        """
+        if self._key.exists() or self.certificate.exists():
+            text = (
+                f"{self.directory} holds an authority already; a new one would make every certificate of it worthless"
+            )
+            raise FedlinkError(Reason.BAD_CONFIG, text)
+        key, subject = ec.generate_private_key(ec.SECP256R1()), _subject(name)
+        certificate = (
+            _builder(subject, subject, key.public_key(), AUTHORITY_DAYS)
+            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .add_extension(_usage(signs=True), critical=True)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+            .sign(key, hashes.SHA256())
+        )
+        _write(self._key, _private(key), secret=True)
+        _write(self.certificate, certificate.public_bytes(serialization.Encoding.PEM))
+        self._write_revocations(certificate, key, [])
+
+    def issue_server(self, hosts: list[str], days: int) -> Path:
+        """Make the server's certificate, in place of a former one; returns its path.
+
+        Args:
+            hosts: names and addresses under which sites reach the server.
+            days: how long it is good for.
+
+        Raises:
+            FedlinkError: BAD_CONFIG if there is no authority here, or a host is neither name nor address.
+        """
+        names = x509.SubjectAlternativeName([_general_name(host) for host in hosts])
+        return self._issue(self.directory / "server.crt", hosts[0], days, ExtendedKeyUsageOID.SERVER_AUTH, names)
+
+    def issue_site(self, name: str, days: int) -> Path:
+        """Make a site's certificate, in place of a former one; returns its path.
+
+        Raises:
+            FedlinkError: BAD_NAME; BAD_CONFIG if there is no authority here.
+        """
+        try:
+            check_name(name)
+        except ValueError as e:
+            raise FedlinkError(Reason.BAD_NAME, str(e)) from None
+        file = self.directory / "sites" / f"{name}.crt"
+        names = x509.SubjectAlternativeName([x509.DirectoryName(_subject(name))])
+        return self._issue(file, name, days, ExtendedKeyUsageOID.CLIENT_AUTH, names)
+
+    def revoke(self, file: Path) -> None:
+        """Put a certificate on the revocation list.
+
+        Raises:
+            FedlinkError: BAD_CONFIG if it is no certificate of this authority, or is on the list.
+        """
+        issuer, key = self._load()
+        try:
+            certificate = x509.load_pem_x509_certificate(file.read_bytes())
+            certificate.verify_directly_issued_by(issuer)
+        except OSError as e:
+            raise FedlinkError(Reason.BAD_CONFIG, f"{file} cannot be read: {e.strerror}") from None
+        except Exception as e:  # noqa: BLE001 - a foreign signature has many exceptions, and one meaning
+            text = f"{file} is not a certificate of the authority in {self.directory}: {e or type(e).__name__}"
+            raise FedlinkError(Reason.BAD_CONFIG, text) from None
+        known = list(x509.load_pem_x509_crl(self.revocations.read_bytes()))
+        if any(entry.serial_number == certificate.serial_number for entry in known):
+            raise FedlinkError(Reason.BAD_CONFIG, f"{file} is revoked already")
+        entry = x509.RevokedCertificateBuilder(certificate.serial_number, dt.datetime.now(dt.UTC)).build()
+        self._write_revocations(issuer, key, [*known, entry])
+
+    def _issue(
+        self, file: Path, name: str, days: int, purpose: x509.ObjectIdentifier, names: x509.SubjectAlternativeName
+    ) -> Path:
+        issuer, issuer_key = self._load()
+        key = ec.generate_private_key(ec.SECP256R1())
+        certificate = (
+            _builder(_subject(name), issuer.subject, key.public_key(), days)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(_usage(signs=False), critical=True)
+            .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
+            .add_extension(names, critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key()), critical=False)
+            .sign(issuer_key, hashes.SHA256())
+        )
+        _write(file.with_suffix(".key"), _private(key), secret=True)
+        _write(file, certificate.public_bytes(serialization.Encoding.PEM))
+        return file
+
+    def _load(self) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+        try:
+            key = serialization.load_pem_private_key(self._key.read_bytes(), None)
+            certificate = x509.load_pem_x509_certificate(self.certificate.read_bytes())
+        except (OSError, ValueError, TypeError):
+            text = f"there is no authority in {self.directory}; `fedserver certificate authority` makes one"
+            raise FedlinkError(Reason.BAD_CONFIG, text) from None
+        if not isinstance(key, ec.EllipticCurvePrivateKey):
+            raise FedlinkError(Reason.BAD_CONFIG, f"{self._key} is not a key that this command made")
+        return certificate, key
+
+    def _write_revocations(
+        self, issuer: x509.Certificate, key: ec.EllipticCurvePrivateKey, entries: list[x509.RevokedCertificate]
+    ) -> None:
+        now = dt.datetime.now(dt.UTC)
+        builder = x509.CertificateRevocationListBuilder(
+            issuer.subject, now, issuer.not_valid_after_utc, revoked_certificates=entries
+        )
+        _write(self.revocations, builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
+) -> x509.CertificateBuilder:
+    now = dt.datetime.now(dt.UTC)
+    return x509.CertificateBuilder(
+        subject_name=subject,
+        issuer_name=issuer,
+        public_key=key,
+        serial_number=x509.random_serial_number(),
+        not_valid_before=now - _CLOCK_SLACK,
+        not_valid_after=now + dt.timedelta(days=days),
+    )
+
+
+def _subject(name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+
+
+def _general_name(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        pass
+    if not host or not host.isascii() or any(c.isspace() or c in "/:" for c in host):
+        raise FedlinkError(Reason.BAD_CONFIG, f"{host!r} is neither a host name nor an address")
+    return x509.DNSName(host)
+
+
+def _usage(*, signs: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not signs,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=signs,
+        crl_sign=signs,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _private(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+def _write(path: Path, data: bytes, *, secret: bool = False) -> None:
+    """Put a file in place in one step, so that a server that reads it again never sees half."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        new = path.with_name(f".{path.name}.new")
+        new.unlink(missing_ok=True)
+        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if secret else 0o644), "wb") as out:
+            out.write(data)
+        new.rename(path)
+    except OSError as e:
+        raise FedlinkError(Reason.BAD_CONFIG, f"{path} cannot be written: {e.strerror}") from None

@@ -1,0 +1,124 @@
+"""The server's side of TLS: its certificate, read again when the files change, and who a client's certificate is."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+
+import grpc
+
+from fedlink import log as logs
+from fedlink.certificates import CertificateFacts, facts_of_pem, read_authorities, read_pair, read_revoked
+from fedlink.errors import FedlinkError, Reason
+from fedserver.settings import TlsSettings
+
+_KNOWN = 10_000
+"""Certificates of clients whose facts are kept."""
+_Stamp = tuple[tuple[int, int, int], ...]
+
+
+class Certificates:
+    """What `[tls]` names, as it is now.
+
+    Args:
+        tls: the settings.
+
+    Raises:
+        FedlinkError: BAD_CONFIG if a file cannot be used.
+    """
+
+    def __init__(self, tls: TlsSettings) -> None:
+        self._tls = tls
+        self._log = logs.get("tls")
+        self._lock = threading.Lock()
+        self._stamp = self._look()
+        self._clients: OrderedDict[bytes, CertificateFacts] = OrderedDict()
+        self._load()
+
+    def _load(self) -> None:
+        chain, key, self.facts = read_pair(self._tls.certificate, self._tls.key)
+        authorities = read_authorities(self._tls.client_ca, "tls.client_ca") if self._tls.client_ca else None
+        revoked = read_revoked(self._tls.revoked, authorities) if self._tls.revoked and authorities else frozenset()
+        self._configuration = grpc.ssl_server_certificate_configuration([(key, chain)], authorities)
+        self._revoked = revoked
+        if soon := self.facts.ends_soon():
+            self._log.warning(f"the server's certificate {soon}", file=str(self._tls.certificate))
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """For the listener; every handshake uses the files as they are then."""
+        handed = self._configuration
+
+        def changed() -> grpc.ServerCertificateConfiguration | None:
+            nonlocal handed
+            self._refresh()
+            if self._configuration is handed:
+                return None
+            handed = self._configuration
+            return handed
+
+        return grpc.dynamic_ssl_server_credentials(
+            self._configuration,
+            changed,  # type: ignore[arg-type]  # None is gRPC's word for "as before"; its stubs do not know
+            require_client_authentication=self._tls.client_ca is not None,
+        )
+
+    def _refresh(self) -> None:
+        """Read the files again if they have changed; what cannot be used is said, and the former stays."""
+        with self._lock:
+            stamp = self._look()
+            if stamp == self._stamp:
+                return
+            self._stamp = stamp
+            try:
+                self._load()
+            except FedlinkError as e:
+                self._log.error("new certificates cannot be used; going on with the former", error=e.message)
+                return
+        self._log.info("certificates read again", ends=self.facts.not_after.isoformat())
+
+    def client_name(self, peer: Mapping[str, Iterable[bytes]]) -> str:
+        """Who a client is by the certificate of its connection.
+
+        A connection may outlive the certificate that opened it, so each call looks at it anew.
+
+        Args:
+            peer: `auth_context()` of the call.
+
+        Raises:
+            FedlinkError: BAD_CREDENTIALS if it expired or was revoked, or names nobody.
+        """
+        pem = next(iter(peer.get("x509_pem_cert", ())), b"")
+        if not pem:
+            raise FedlinkError(Reason.BAD_CREDENTIALS, "this server asks every client for a certificate")
+        facts = self._facts(pem)
+        whose = f"the certificate of {facts.common_name or 'a client without a name'!r}"
+        if trouble := facts.trouble():
+            raise FedlinkError(Reason.BAD_CREDENTIALS, f"{whose} {trouble}; ask the server's operator for a new one")
+        self._refresh()
+        if (facts.issuer_bytes, facts.serial) in self._revoked:
+            raise FedlinkError(
+                Reason.BAD_CREDENTIALS,
+                f"{whose}, serial number {facts.serial:x}, was revoked; ask the server's operator for a new one",
+            )
+        return facts.common_name
+
+    def _facts(self, pem: bytes) -> CertificateFacts:
+        facts = self._clients.get(pem)
+        if facts is None:
+            facts = self._clients[pem] = facts_of_pem(pem)
+            if len(self._clients) > _KNOWN:
+                self._clients.popitem(last=False)
+        return facts
+
+    def _look(self) -> _Stamp:
+        stamps = []
+        for file in self._tls.files:
+            try:
+                found = os.stat(file)  # noqa: PTH116 - os.stat follows how secrets are mounted, and costs a microsecond
+            except OSError:
+                stamps.append((0, 0, 0))
+            else:
+                stamps.append((found.st_mtime_ns, found.st_size, found.st_ino))
+        return tuple(stamps)
