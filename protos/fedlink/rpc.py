@@ -61,13 +61,19 @@ def channel_options() -> list[tuple[str, Any]]:
 
 
 def tune_malloc() -> None:
-    """Keep 1 MiB messages off mmap (1.9x to 2.9x the throughput); does nothing where mallopt is missing."""
+    """Keep 1 MiB messages off mmap (1.9x to 2.9x the throughput); does nothing where mallopt is missing.
+
+    Call it before threads are started.
+    """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return
     mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
     mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD; both, or glibc freezes the other at 128 KiB
+    # M_ARENA_MAX: by default every thread keeps what it once held of messages, 8 heaps a processor: a server that
+    # served four sites at once held 560 to 610 MB instead of 280.
+    mallopt(-8, 2)
 
 
 def to_status(error: FedlinkError) -> Any:
