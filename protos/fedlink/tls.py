@@ -28,7 +28,7 @@ from cryptography import x509
 from fedlink.certificates import CertificateFacts, certificate_facts, facts_of, read_authorities, read_pair
 from fedlink.errors import FedlinkError, Reason
 
-PROBE_SECONDS = 5.0
+PROBE_SECONDS = 3.0
 """How long a handshake made for a diagnosis may take."""
 
 _AGAIN_AFTER = 0.5
