@@ -18,6 +18,7 @@ import typer
 
 import fedlink
 from fedclient.agent import Agent
+from fedclient.doctor import doctor
 from fedclient.local_cli import init_model, train_local
 from fedclient.pulse import read_pulse
 from fedclient.settings import SiteSettings, load_site
@@ -44,6 +45,7 @@ app = typer.Typer(
 )
 app.command("train-local")(train_local)
 app.command("init-model")(init_model)
+app.command("doctor")(doctor)
 
 
 def _show_version(wanted: bool) -> None:

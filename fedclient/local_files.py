@@ -42,6 +42,11 @@ class LocalModel:
     """File names and their tensors, in canonical order."""
     aliases: Mapping[str, str]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes in all tensors."""
+        return sum(spec.nbytes for _, specs in self.shards for spec in specs)
+
 
 def import_model(source: Path, target: Path) -> LocalModel:
     """Make a model directory at `target` (which must not exist) in the canonical layout.

@@ -125,7 +125,7 @@ class Session:
         self._site = site
         self._rng = rng
         self._log = log.get("session").bind(client=site.name, server=site.server)
-        self._credentials = _credentials(site)
+        self._credentials = credentials(site)
         self._tls = site.client_tls
         self._own = self._tls.check() if self._tls else None
         self._id = b""
@@ -402,7 +402,12 @@ def _order_from_pb(task: pb.Task) -> Order:
     )
 
 
-def _credentials(site: SiteSettings) -> rpc.Metadata:
+def credentials(site: SiteSettings) -> rpc.Metadata:
+    """What a call without a session carries: the site's name, and its token if it has one.
+
+    Raises:
+        FedlinkError: BAD_CONFIG if the token's file cannot be used.
+    """
     name: rpc.Metadata = ((rpc.META_CLIENT, site.name),)
     if site.token_file is None:
         return name

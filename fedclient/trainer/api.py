@@ -131,6 +131,7 @@ class Context:
         run: str = "",
         round: int = 0,  # noqa: A002 - the attribute's name
         version: int = 0,
+        max_steps: int = 0,
         report: Callable[[Progress], None] = lambda _: None,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -142,6 +143,7 @@ class Context:
         self.round = round
         self.version = version
         self.num_examples: int | None = None
+        self._max_steps = max_steps
         self._report = report
         self._cancelled = cancelled
         self._reported = -math.inf
@@ -155,6 +157,8 @@ class Context:
         It counts, reports how far the job is, and ends the job when it was cancelled. A pass that lasts longer than
         the site's `stall_after` counts as a hang. May be used several times in a job.
         """
+        # Each loop by itself: one that came to nothing would leave names unset that the code after it uses.
+        n = min(n, self._max_steps) if self._max_steps else n
         self._total += n
         for i in range(n):
             self.alive()

@@ -19,6 +19,14 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak << 10
 
 
+def peak_device_memory() -> int:
+    """Peak memory in bytes that torch took on the current CUDA device; 0 if it uses none."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return 0
+    return int(torch.cuda.max_memory_allocated())
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception of Python, numpy or torch (any accelerator, or the CPU) says that memory ran out."""
     if isinstance(error, MemoryError):

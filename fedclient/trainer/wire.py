@@ -142,6 +142,8 @@ class Job(_Message):
     write: Write = Write.DELTA
     update_dtype: str = "F32"
     """safetensors name of the dtype for deltas and gradients; F64 parameters travel as F64."""
+    max_steps: int = 0
+    """How many passes each loop over `Context.steps` makes at most: for a rehearsal, not for training. 0: no limit."""
 
     def __post_init__(self) -> None:
         """Rebuild the typed values that JSON has no room for."""
@@ -176,6 +178,10 @@ class Result(_Message):
     """Wall time of the user's code alone."""
     files: tuple[Path, ...] = ()
     """The files written into `Job.out_dir`, in the order of the model's shards."""
+    memory_bytes: int = 0
+    """Peak resident memory of the process."""
+    device_memory_bytes: int = 0
+    """Peak memory that torch took on accelerators; 0 without one."""
 
     def __post_init__(self) -> None:
         """Rebuild the typed values that JSON has no room for."""

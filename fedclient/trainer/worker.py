@@ -24,7 +24,7 @@ import numpy as np
 
 from fedclient.trainer.api import CancelledJob, Context, Site, Workload, derive_seed
 from fedclient.trainer.files import Loader, ModelDirectory, write_model, write_update
-from fedclient.trainer.memory import is_out_of_memory, peak_memory
+from fedclient.trainer.memory import is_out_of_memory, peak_device_memory, peak_memory
 from fedclient.trainer.pipe import Pipe
 from fedclient.trainer.schema import parse_settings, settings_schema
 from fedclient.trainer.state import State, state_of
@@ -109,7 +109,7 @@ class Worker:
                 gradient=gradient,
                 alive=ctx.alive,
             )
-        return Result(examples, ctx.step, ctx.metrics, seconds, files)
+        return Result(examples, ctx.step, ctx.metrics, seconds, files, peak_memory(), peak_device_memory())
 
     def _compute(self, job: Job, model: Any, state: State, loader: Loader) -> Any:
         ctx = self._context
@@ -158,6 +158,7 @@ class Worker:
             run=job.run,
             round=job.round,
             version=job.version,
+            max_steps=job.max_steps,
             report=self._report,
             cancelled=self._pipe.cancelled,
         )

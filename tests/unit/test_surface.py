@@ -36,6 +36,7 @@ COMMANDS = {
     "fedserver run watch": "--data-dir --json RUN",
     "fedserver serve": "--config --data-dir --insecure --lease-term --listen --log-level",
     "fedclient health": "--config",
+    "fedclient doctor": "--config --json --skip-training-step",
     "fedclient init-model": "--config --json --output --seed -o WORKLOAD",
     "fedclient start": "--config --insecure --log-level",
     "fedclient train-local": "--config --json --model --output --settings -o",

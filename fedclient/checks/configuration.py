@@ -1,0 +1,66 @@
+"""Check "config": the files that site.toml names are there and are nobody else's to read."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+
+from fedclient.checks.examination import Examination, daemon_runs, off_loop
+from fedclient.checks.finding import Finding, failed, ok, together
+from fedclient.session import credentials
+from fedlink.errors import FedlinkError
+
+
+async def check_configuration(visit: Examination) -> Finding:
+    """site.toml was read; look at what it refers to."""
+    return await off_loop(_look, visit)
+
+
+def _look(visit: Examination) -> Finding:
+    problems = [*_secrets(visit), *(p for name in visit.site.workload for p in _workload(visit, name))]
+    if problems:
+        return together(problems)
+    count = len(visit.site.workload)
+    found = f"{visit.config}: site {visit.site.name}, {count} workload{'s' if count > 1 else ''}"
+    running = "; a daemon is running with it, and goes on" if daemon_runs(visit.site.state_dir) else ""
+    return ok(found + running)
+
+
+def _secrets(visit: Examination) -> list[Finding]:
+    problems = []
+    try:
+        credentials(visit.site)
+    except FedlinkError as e:
+        problems.append(failed(e.message, "Put the token that `fedserver client add` printed there, with mode 600."))
+    tls = visit.site.client_tls
+    try:
+        if tls:
+            tls.check()
+    except FedlinkError as e:
+        problems.append(failed(e.message, "Correct [tls] in site.toml, or the file that it names."))
+    return problems
+
+
+def _workload(visit: Examination, name: str) -> list[Finding]:
+    python = visit.site.interpreter(name)
+    if not python.is_file() or not os.access(python, os.X_OK):
+        advice = f"Set python in [workload.{name}] to an interpreter, or leave it out for the daemon's own."
+        return [failed(f"workload {name}: {python} is no program", advice)]
+    trainer = visit.site.workload[name].trainer
+    module = trainer.partition(":")[0].partition(".")[0]
+    beside = visit.site.directory / module
+    if beside.is_dir() or beside.with_suffix(".py").is_file():
+        return []
+    # Another Python's packages cannot be looked at from here; the check of the workloads loads the class.
+    if visit.site.workload[name].python is None and not _installed(module):
+        advice = f"Put {module}.py beside site.toml, or install the package for {sys.executable}."
+        return [failed(f"workload {name}: there is no module {module} beside site.toml or installed", advice)]
+    return []
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:
+        return False

@@ -1,0 +1,160 @@
+"""What the checks of one examination share: the site, one connection, the trainers, and what was found out so far."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import grpc.aio
+
+from fedclient.launch import Description, Trainer
+from fedclient.local_files import LocalModel
+from fedclient.settings import SiteSettings
+from fedlink import rpc
+from fedlink.tls import open_channel
+from fedlink.v1 import coordination_service_pb2 as pb
+
+T = TypeVar("T")
+
+_SCRATCH = "run-"
+_STALE = 86400.0
+_PATIENCE = 10.0
+
+
+@dataclass
+class Examination:
+    """One visit to a site; use as an async context manager.
+
+    It works beside a running daemon: no session is opened, and everything that is written goes to a
+    directory of its own.
+    """
+
+    site: SiteSettings
+    config: Path
+    train: bool = True
+    """Whether to build models and train a step."""
+    server: pb.GetServerInfoResponse | None = None
+    descriptions: dict[str, Description] = field(default_factory=dict)
+    models: dict[str, LocalModel] = field(default_factory=dict)
+    """What each workload's class built."""
+    _trainers: dict[str, Trainer] = field(default_factory=dict)
+    _channel: grpc.aio.Channel | None = None
+
+    async def __aenter__(self) -> Self:
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                self.logs, self.scratch = await off_loop(_make_room, self.site.state_dir / "doctor")
+        except (OSError, TimeoutError):
+            # The check of the disk says what is the matter.
+            self.logs = Path(tempfile.mkdtemp(prefix="fedclient-doctor-"))
+            self.scratch = Path(tempfile.mkdtemp(dir=self.logs, prefix=_SCRATCH))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.gather(*(t.close() for t in self._trainers.values()))
+        if self._channel:
+            await self._channel.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_PATIENCE):
+                await off_loop(shutil.rmtree, self.scratch, True)
+
+    @property
+    def channel(self) -> grpc.aio.Channel:
+        """The connection to the server.
+
+        Raises:
+            FedlinkError: BAD_CONFIG if a certificate or a key cannot be used.
+        """
+        if self._channel is None:
+            self._channel = open_channel(self.site.server, self.site.client_tls, rpc.channel_options())
+        return self._channel
+
+    @property
+    def model_bytes(self) -> int:
+        """Bytes in the largest model that was built; 0 if none was."""
+        return max((m.nbytes for m in self.models.values()), default=0)
+
+    @property
+    def host(self) -> str:
+        """The host in the server's address."""
+        return self.site.server.rpartition(":")[0].strip("[]")
+
+    @property
+    def port(self) -> int:
+        """The port in the server's address."""
+        return int(self.site.server.rpartition(":")[2])
+
+    def trainer(self, workload: str) -> Trainer:
+        """The trainer of a workload on the site's first device."""
+        if workload not in self._trainers:
+            self._trainers[workload] = Trainer(self.site, workload, self.site.devices[0], self.logs)
+        return self._trainers[workload]
+
+    async def end_trainer(self, workload: str) -> None:
+        """Let a workload's process go, for its memory."""
+        if trainer := self._trainers.pop(workload, None):
+            await trainer.close()
+
+
+async def off_loop(work: Callable[..., T], *arguments: Any) -> T:
+    """Do something that may block in a thread of its own, which nobody waits for if it never returns.
+
+    Threads of the event loop's pool would hold up the end of the process; a dead network disk must not.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, error: BaseException | None) -> None:
+        if done.cancelled():
+            return
+        if error is None:
+            done.set_result(result)  # type: ignore[arg-type]
+        else:
+            done.set_exception(error)
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = work(*arguments)
+        except Exception as e:  # noqa: BLE001 - raised where it is awaited
+            error = e
+        with contextlib.suppress(RuntimeError):  # the loop is gone, and with it whoever waited
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=run, name="fedclient-check", daemon=True).start()
+    return await done
+
+
+def daemon_runs(state_dir: Path) -> bool:
+    """Whether a daemon holds the state directory."""
+    try:
+        lock = os.open(state_dir / "lock", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        # Let go at once; a daemon that starts in this instant would be refused.
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(lock)
+    return False
+
+
+def _make_room(home: Path) -> tuple[Path, Path]:
+    """A directory for trainers' output, which stays to be read, and one for models, which does not."""
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for left in home.glob(f"{_SCRATCH}*"):
+        if time.time() - left.stat().st_mtime > _STALE:
+            shutil.rmtree(left, ignore_errors=True)
+    return home, Path(tempfile.mkdtemp(dir=home, prefix=_SCRATCH))

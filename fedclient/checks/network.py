@@ -1,0 +1,135 @@
+"""Checks "address" and "tls": the way to the server, before anything of ours is said."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime as dt
+import os
+import socket
+import time
+
+from fedclient.checks.examination import Examination, off_loop
+from fedclient.checks.finding import Finding, failed, ok, skipped, together, warning
+from fedlink import tls
+from fedlink.certificates import CertificateFacts, certificate_facts
+from fedlink.errors import FedlinkError, Reason
+
+_PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
+_EXEMPTION_VARIABLES = ("no_grpc_proxy", "no_proxy")
+
+
+async def check_address(visit: Examination) -> Finding:
+    """The name resolves, and something listens there."""
+    if proxy := proxy_for(visit.host):
+        return warning(
+            f"connections go through the proxy {proxy}, so {visit.site.server} itself was not tried",
+            f"If the server cannot be reached, allow {visit.site.server} in the proxy, or name the host in no_proxy.",
+        )
+    try:
+        found = await off_loop(socket.getaddrinfo, visit.host, visit.port, 0, socket.SOCK_STREAM)
+    except (socket.gaierror, UnicodeError) as e:
+        why = e.strerror if isinstance(e, socket.gaierror) else "not a host name"
+        return failed(
+            f"the name {visit.host} does not resolve: {why}",
+            "Correct server in site.toml, or ask whoever runs the name service here.",
+        )
+    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+    began = time.monotonic()
+    try:
+        async with asyncio.timeout(8):
+            _, writer = await asyncio.open_connection(visit.host, visit.port)
+    except TimeoutError:
+        return failed(
+            f"{visit.site.server} ({addresses[0]}) does not answer",
+            f"A firewall may drop the connection: have outgoing TCP to port {visit.port} allowed. "
+            "Or the server's machine is down.",
+        )
+    except OSError as e:
+        return failed(
+            f"nothing accepts connections at {visit.site.server} ({', '.join(addresses)}): {e.strerror or e}",
+            "Correct server in site.toml, or ask the server's operator whether it runs and on which port it listens.",
+        )
+    milliseconds = (time.monotonic() - began) * 1000
+    reached = writer.get_extra_info("peername")
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
+    at = "" if reached is None or reached[0] == visit.host else f" ({reached[0]})"
+    return ok(f"{visit.site.server}{at} accepts connections, in {milliseconds:.0f} ms")
+
+
+async def check_tls(visit: Examination) -> Finding:
+    """Whether the connection is encrypted, whom the certificates are of, and how long they last."""
+    if visit.site.client_tls is None:
+        return await _unencrypted(visit)
+    return await _encrypted(visit, visit.site.client_tls)
+
+
+async def _unencrypted(visit: Examination) -> Finding:
+    refusal = None if proxy_for(visit.host) else await off_loop(tls.refusal, visit.site.server, None)
+    if refusal:
+        return failed(refusal.message, "The CA's certificate comes from the server's operator.")
+    if tls.is_loopback(visit.site.server):
+        return ok("not encrypted; the connection does not leave this machine")
+    return warning(
+        "not encrypted: insecure = true; everybody on the way can read and change the weights",
+        "Ask the server's operator for TLS, then replace insecure = true by [tls].",
+    )
+
+
+async def _encrypted(visit: Examination, mine: tls.ClientTls) -> Finding:
+    try:
+        own = await off_loop(certificate_facts, mine.certificate) if mine.certificate else None
+    except FedlinkError as e:
+        return failed(e.message, "Correct [tls] in site.toml, or the file that it names.")
+    findings = [_own(own, visit.site.name)] if own else []
+    if proxy_for(visit.host):
+        return together([skipped("the server's certificate cannot be looked at through a proxy"), *findings])
+    try:
+        handshake = await off_loop(tls.probe, visit.site.server, mine)
+    except FedlinkError as e:
+        advice = "Nothing is sent to this server until that is settled."
+        if e.reason is Reason.UNREACHABLE:
+            advice = "Try again; if it stays so, something between here and the server cuts TLS off."
+        return together([failed(e.message, advice), *findings])
+    return together([_servers(handshake), *findings])
+
+
+def proxy_for(host: str) -> str:
+    """The proxy that gRPC goes through to a host, without user and password; empty if it connects directly."""
+    name = next((v for v in _PROXY_VARIABLES if os.environ.get(v)), None)
+    if name is None:
+        return ""
+    exempt = next((os.environ[v] for v in _EXEMPTION_VARIABLES if os.environ.get(v)), "")
+    if any(host.endswith(suffix.strip()) for suffix in exempt.split(",") if suffix.strip()):
+        return ""
+    address = os.environ[name].rpartition("@")[2].removeprefix("http://").removeprefix("https://")
+    return f"{address} ({name})"
+
+
+def _servers(handshake: tls.Handshake) -> Finding:
+    facts = handshake.server
+    found = f"{handshake.version}; the server's certificate is by {facts.issuer!r} and {_lasts(facts)}"
+    if facts.ends_soon():
+        return warning(found, "Tell the server's operator to renew it: after that day no site can connect.")
+    return ok(found)
+
+
+def _own(facts: CertificateFacts, site: str) -> Finding:
+    if trouble := facts.trouble():
+        return failed(f"this site's certificate {trouble}", "Ask the server's operator for a new certificate.")
+    if facts.common_name != site:
+        return failed(
+            f"this site's certificate is for {facts.common_name!r}, site.toml says {site!r}",
+            "Correct name in site.toml, or name this site's own certificate in [tls].",
+        )
+    found = f"this site's is by {facts.issuer!r} and {_lasts(facts)}"
+    if facts.ends_soon():
+        return warning(found, "Ask the server's operator for a new certificate for this site in time.")
+    return ok(found)
+
+
+def _lasts(facts: CertificateFacts) -> str:
+    days = (facts.not_after - dt.datetime.now(dt.UTC)).days
+    return f"lasts {days} days more"
