@@ -8,6 +8,8 @@ JOBS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 STAMP := .venv/.installed
+# The containers' demo does without torch on this machine, and takes what is there.
+DEMO_STAMP := $(if $(wildcard $(STAMP)),$(STAMP),.demo/tools/.installed)
 PROTOS := $(wildcard protos/fedlink/v1/*.proto)
 PROTOC := $(BIN)/python -m grpc_tools.protoc -I protos
 
@@ -27,6 +29,16 @@ $(STAMP): pyproject.toml deploy/constraints.txt
 
 demo: $(STAMP) ## Four hospitals train one model: server, four daemons, comparison, plot
 	@$(BIN)/python examples/heart/demo.py .demo/heart
+
+demo-compose: $(DEMO_STAMP) ## The same in containers, docker or podman (KILL=1: the server and a site are killed)
+	@$(dir $(DEMO_STAMP))bin/python deploy/demo_compose.py .demo/compose $(if $(KILL),--kill)
+
+.demo/tools/.installed: pyproject.toml deploy/constraints.txt
+	@echo "installing into .demo/tools what the containers' demo needs on this machine ..."
+	@$(PYTHON) -m venv .demo/tools
+	@.demo/tools/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) \
+		-c deploy/constraints.txt -e '.[server,demo]'
+	@touch $@
 
 test: $(STAMP) ## Run every test (under 10 minutes on 2 cores)
 	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup
@@ -78,4 +90,4 @@ constraints: ## Pin what .venv holds now
 clean: ## Remove what the demo and the tools wrote, not .venv
 	@rm -rf .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
-.PHONY: help install demo test bench-round check check-protos protos generate baseline format constraints clean
+.PHONY: help install demo demo-compose test bench-round check check-protos protos generate baseline format constraints clean
