@@ -41,8 +41,9 @@ PHASES = {"downloaded": "down_s", "computed": "train_s", "accepted": "up_s"}
 """What a daemon's log says at the end of each phase of a task."""
 CHECKED_FIRST = 3
 """So many rounds from the first, and the last one, are compared with the exact average."""
-_IN_MEMORY = ("tmpfs", "ramfs")
-_LONGEST_PATH = 80
+IN_MEMORY = ("tmpfs", "ramfs")
+"""File systems that are no disk."""
+_LONGEST_PATH = 65
 _SETTLED = 1.0
 
 
@@ -62,8 +63,8 @@ class Bench:
     load: float = field(default_factory=lambda: round(os.getloadavg()[0], 2))
     commits: list[tuple[float, dict[str, Any]]] = field(default_factory=list)
     """Time and data of every `round_committed`."""
-    cpu: list[float] = field(default_factory=list)
-    """CPU seconds used when each round had been committed."""
+    cpu: list[dict[str, float]] = field(default_factory=list)
+    """CPU seconds that each part had used when each round had been committed."""
     versions: dict[int, weights.Version] = field(default_factory=dict)
 
     def run(self) -> dict[str, Any]:
@@ -87,14 +88,14 @@ class Bench:
     def _start(self, federation: Federation, sampler: Sampler) -> None:
         federation.start_server()
         assert federation.server is not None
-        sampler.watch(federation.server.pid)
+        sampler.watch(federation.server.pid, "server")
         for number in range(self.clients):
             data = {"model": self.model, "number": number}
             site = federation.site(
                 f"site-{number:02}", "adds:Adds", start=False, workload="bench", source=HERE / "adds.py", data=data
             )
             shutil.copy(HERE / "workload.py", site.directory)
-            sampler.watch(site.start().pid)
+            sampler.watch(site.start().pid, "daemons")
 
     def _import(self, federation: Federation) -> None:
         self.say(f"writing and importing {self.model}, {weights.size(self.model) / 1e6:.0f} MB")
@@ -197,7 +198,7 @@ class Bench:
         means = "  ".join(f"{name} {statistics.median(phases[name]):.2f}" for name in PHASES.values() if phases[name])
         data = self.commits[-1][1]
         warm = f"{took[-1]:7.2f} s" if took else "warm-up"
-        cpu = f"cpu {self.cpu[-1] - self.cpu[-2]:.1f}  " if took else ""
+        cpu = f"cpu_s {sum(self.cpu[-1].values()) - sum(self.cpu[-2].values()):.1f}  " if took else ""
         memory = sampler.trees[0].peak_together / 1e6
         return (
             f"round {number} of {self.rounds}: {warm}  {means}  aggregate_s {data['aggregate_seconds']:.2f}  {cpu}"
@@ -233,7 +234,7 @@ class Bench:
             "round_s": _median(self._took()),
             **{p: _median(s for n in measured for s in phases[n][p]) for p in PHASES.values()},
             "aggregate_s": _median(r["aggregate_seconds"] for r in records),
-            "cpu_s": _median(b - a for a, b in itertools.pairwise(self.cpu)),
+            "cpu_s": _median(sum(b.values()) - sum(a.values()) for a, b in itertools.pairwise(self.cpu)),
             "server_peak_rss_bytes": max(server.peak_together, server.peak_root),
             "client_peak_rss_bytes": max(t.peak_root for t in sites),
             "trainer_peak_rss_bytes": max(t.peak_child for t in sites),
@@ -244,6 +245,7 @@ class Bench:
             "load_average": self.load,
             "rounds": self.rounds,
             "model_bytes": weights.size(self.model),
+            "cpu_s_by_part": {p: _median(b[p] - a[p] for a, b in itertools.pairwise(self.cpu)) for p in self.cpu[0]},
             "round_s_by_round": self._took(),
             "disk_by_round": after,
             "disk_peak_by_round": during,
@@ -280,11 +282,12 @@ def _check_place(model: str, clients: int, rounds: int, directory: Path) -> None
     """Refuse a place where the numbers would mean nothing, or where there is no room."""
     if rounds < 2:
         raise BenchError("the first round only warms up: ROUNDS must be at least 2")
-    if (kind := file_system(directory)) in _IN_MEMORY:
+    if (kind := file_system(directory)) in IN_MEMORY:
         raise BenchError(f"{directory} is in memory ({kind}), not on a disk; name another directory with DIR=")
     if len(os.fsencode(directory.resolve())) > _LONGEST_PATH:
         raise BenchError(f"{directory} is too long a path for the server's socket; name a shorter one with DIR=")
-    # The imported model, the versions that are kept, made and compared; at each site its model and its update.
+    # At the most: the imported model, the versions that are kept, made and compared, every update, and at each site its
+    # model and its update.
     needed = weights.size(model) * (min(rounds + 1, 4 + CHECKED_FIRST) + 3 * clients)
     if (free := shutil.disk_usage(directory).free) < needed * 1.1:
         raise BenchError(f"{directory} has {free / 1e9:.1f} GB free, and {needed * 1.1 / 1e9:.1f} GB are needed")

@@ -21,6 +21,7 @@ class Tree:
     """A process, its descendants, and the most memory they were seen with."""
 
     root: int
+    part: str
     pids: set[int] = field(default_factory=set)
     peak_together: int = 0
     """Most resident bytes of all processes at one moment."""
@@ -43,18 +44,25 @@ class Sampler(threading.Thread):
         self._lock = threading.Lock()
         self._over = threading.Event()
 
-    def watch(self, pid: int) -> Tree:
-        """Look at one more process and whatever it starts."""
-        tree = Tree(pid, {pid})
+    def watch(self, pid: int, part: str) -> Tree:
+        """Look at one more process, which is counted to a part, and whatever it starts."""
+        tree = Tree(pid, part, {pid})
         with self._lock:
             self.trees.append(tree)
         return tree
 
-    def cpu_seconds(self) -> float:
-        """User and system seconds of all trees until now, those of ended processes up to the last look."""
+    def cpu_seconds(self) -> dict[str, float]:
+        """User and system seconds of each part until now, those of ended processes up to the last look.
+
+        What a part's processes have started is counted as "trainers".
+        """
         with self._lock:
             self._look()
-            return sum(self._cpu.values())
+            used = dict.fromkeys([*(t.part for t in self.trees), "trainers"], 0.0)
+            roots = {t.root: t.part for t in self.trees}
+            for pid, seconds in self._cpu.items():
+                used[roots.get(pid, "trainers")] += seconds
+            return used
 
     def run(self) -> None:
         scanned = sized = 0.0
