@@ -88,7 +88,7 @@ class Bench:
     def _start(self, federation: Federation, sampler: Sampler) -> None:
         federation.start_server()
         assert federation.server is not None
-        sampler.watch(federation.server.pid, "server")
+        sampler.watch(federation.server.pid, "server", summed=True)
         for number in range(self.clients):
             data = {"model": self.model, "number": number}
             site = federation.site(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Self
 
 EVERY = 0.05
-"""Seconds between two looks at memory."""
+"""Seconds between two looks at the memory of trees whose sum is wanted; the kernel keeps the peak of one process."""
 _SCAN_EVERY = 0.5
 _DISK_EVERY = 0.2
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -22,6 +22,7 @@ class Tree:
 
     root: int
     part: str
+    summed: bool
     pids: set[int] = field(default_factory=set)
     peak_together: int = 0
     """Most resident bytes of all processes at one moment."""
@@ -44,9 +45,9 @@ class Sampler(threading.Thread):
         self._lock = threading.Lock()
         self._over = threading.Event()
 
-    def watch(self, pid: int, part: str) -> Tree:
-        """Look at one more process, which is counted to a part, and whatever it starts."""
-        tree = Tree(pid, part, {pid})
+    def watch(self, pid: int, part: str, *, summed: bool = False) -> Tree:
+        """Look at one more process, counted to a part, and whatever it starts; `summed` keeps `peak_together`."""
+        tree = Tree(pid, part, summed, {pid})
         with self._lock:
             self.trees.append(tree)
         return tree
@@ -72,7 +73,9 @@ class Sampler(threading.Thread):
                 if now - scanned >= _SCAN_EVERY:
                     scanned = now
                     self._scan()
-                self._look()
+                    self._look()
+                else:
+                    self._sum_memory()
             if now - sized >= _DISK_EVERY:
                 sized = now
                 self.disk.append((time.time(), allocated(self._directory)))
@@ -89,19 +92,22 @@ class Sampler(threading.Thread):
                 tree.pids.add(pid)
                 waiting += children.get(pid, [])
 
-    def _look(self) -> None:
+    def _sum_memory(self) -> None:
         for tree in self.trees:
-            together = 0
+            if tree.summed:
+                tree.peak_together = max(tree.peak_together, sum(_memory(pid)[0] for pid in tree.pids))
+
+    def _look(self) -> None:
+        self._sum_memory()
+        for tree in self.trees:
             for pid in tree.pids:
-                now, peak = _memory(pid)
-                together += now
+                peak = _memory(pid)[1]
                 if pid == tree.root:
                     tree.peak_root = max(tree.peak_root, peak)
                 else:
                     tree.peak_child = max(tree.peak_child, peak)
                 if fields := _stat(pid):
                     self._cpu[pid] = (int(fields[11]) + int(fields[12])) / _TICKS
-            tree.peak_together = max(tree.peak_together, together)
 
     def __enter__(self) -> Self:
         self.start()
