@@ -30,6 +30,9 @@ $(STAMP): pyproject.toml deploy/constraints.txt
 demo: $(STAMP) ## Four hospitals train one model: server, four daemons, comparison, plot
 	@$(BIN)/python examples/heart/demo.py .demo/heart
 
+reproduce-heart: $(STAMP) ## FLamby's accuracies on Fed-Heart-Disease, beside its own (a minute or two)
+	@$(BIN)/python examples/heart/reproduce.py .demo/reproduce
+
 demo-compose: $(DEMO_STAMP) ## The same in containers, docker or podman (KILL=1: the server and a site are killed)
 	@$(dir $(DEMO_STAMP))bin/python deploy/demo_compose.py .demo/compose $(if $(KILL),--kill)
 
@@ -90,4 +93,4 @@ constraints: ## Pin what .venv holds now
 clean: ## Remove what the demo and the tools wrote, not .venv
 	@rm -rf .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
-.PHONY: help install demo demo-compose test bench-round check check-protos protos generate baseline format constraints clean
+.PHONY: help install demo demo-compose reproduce-heart test bench-round check check-protos protos generate baseline format constraints clean

@@ -12,126 +12,41 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import data
 import matplotlib as mpl
+from federation import HERE, HOSPITALS, Federation
 from rich.console import Console
 from rich.table import Table
 
-HERE = Path(__file__).resolve().parent
 RUN = "heart"
-START_SECONDS = 60.0
-SITE = """\
-name = "{name}"
-server = "{server}"
-
-[workload.heart]
-trainer = "heart:HeartDisease"
-
-[workload.heart.data]
-train = {train}
-test = {test}
-statistics = "../../data/statistics.json"
-"""
-
-
-@dataclass(frozen=True)
-class Federation:
-    """Where everything lies."""
-
-    root: Path
-
-    @property
-    def server_data(self) -> Path:
-        """The server's data directory."""
-        return self.root / "fedserver-data"
-
-    def site(self, name: str) -> Path:
-        """A site's site.toml."""
-        return self.root / "sites" / name / "site.toml"
+RUN_FILE = HERE / "run.toml"
 
 
 def main(root: Path) -> None:
     """Run the demo in `root`, which is emptied first (but for the data)."""
-    data.prepare(root / "data")
-    for old in ("sites", "fedserver-data", "model", "logs"):
-        shutil.rmtree(root / old, ignore_errors=True)
-    (root / "logs").mkdir(parents=True)
-    started = time.monotonic()
     federation = Federation(root)
-    hospitals = [data.slug(name) for name in data.HOSPITALS]
+    federation.prepare()
+    started = time.monotonic()
+    init = root / "heart-init.safetensors"
     with contextlib.ExitStack() as processes:
-        server = start_server(federation, processes)
-        for name in hospitals:
-            write_site(federation.site(name), name, server, train=[name], test=[name])
-            command = ["fedclient", "start", "--config", str(federation.site(name))]
-            processes.enter_context(background(command, root / "logs" / f"{name}.log"))
-        init = root / "heart-init.safetensors"
-        site = str(federation.site(hospitals[0]))
-        call(["fedclient", "init-model", "heart", "--config", site, "--seed", "42", "-o", str(init)])
-        operate(federation, ["model", "import", str(init)])
-        operate(federation, ["run", "create", str(HERE / "run.toml"), "--follow"])
-        versions = evaluations(federation)
-        operate(federation, ["model", "export", RUN, str(root / "model")])
-    local = {name: train_alone(federation, name, [name], hospitals, init) for name in hospitals}
-    pooled = train_alone(federation, "pooled", hospitals, hospitals, init)
+        federation.start(processes)
+        federation.init_model(init, seed=42)
+        federation.operate(["run", "create", str(RUN_FILE), "--follow"])
+        versions = list(federation.evaluations(RUN))
+        federation.operate(["model", "export", RUN, str(root / "model")])
+    local = {name: train_alone(federation, name, [name], init) for name in HOSPITALS}
+    pooled = train_alone(federation, "pooled", HOSPITALS, init)
     seconds = time.monotonic() - started
     report(root, versions, local, pooled, seconds)
 
 
-def start_server(federation: Federation, processes: contextlib.ExitStack) -> str:
-    """Start the server on a free port; returns its address."""
-    log = federation.root / "logs" / "server.log"
-    command = ["fedserver", "serve", "--data-dir", str(federation.server_data), "--listen", "127.0.0.1:0"]
-    process = processes.enter_context(background(command, log))
-    address = federation.server_data / "address"
-    deadline = time.monotonic() + START_SECONDS
-    while not address.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    if not address.exists():
-        sys.exit(f"the server did not start; see {log}")
-    return address.read_text(encoding="ascii").strip()
-
-
-def write_site(path: Path, name: str, server: str, train: Sequence[str], test: Sequence[str]) -> None:
-    """Write a site.toml, and the workload's class beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(HERE / "heart.py", path.parent)
-    files = {
-        kind: json.dumps([f"../../data/{n}-{kind}.csv" for n in names])
-        for kind, names in (("train", train), ("test", test))
-    }
-    path.write_text(SITE.format(name=name, server=server, **files), encoding="utf-8")
-
-
-def evaluations(federation: Federation) -> list[dict[str, Any]]:
-    """What every version measured, from the run's events."""
-    command = ["fedserver", "run", "watch", RUN, "--json", "--data-dir", str(federation.server_data)]
-    lines = subprocess.run(program(command), check=True, capture_output=True, text=True).stdout.splitlines()
-    events = [json.loads(line) for line in lines]
-    return [e["data"] for e in events if e["kind"] == "version_evaluated"]
-
-
-def train_alone(
-    federation: Federation, name: str, train: Sequence[str], test: Sequence[str], init: Path
-) -> list[float]:
+def train_alone(federation: Federation, name: str, train: list[str], init: Path) -> list[float]:
     """Accuracy of every version of a model trained without a server, on all hospitals' test rows."""
-    site = federation.root / "sites" / f"alone-{name}" / "site.toml"
-    write_site(site, f"alone-{name}", "127.0.0.1:1", train, test)
-    command = ["fedclient", "train-local", "--config", str(site), "--settings", str(HERE / "run.toml")]
-    command += ["--model", str(init), "--json"]
-    done = subprocess.run(program(command), check=False, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} failed: {done.stderr.strip()}")
-    return [version["evaluation"]["accuracy"] for version in json.loads(done.stdout)["versions"]]
+    return federation.train_alone(federation.site(f"alone-{name}", train, HOSPITALS), RUN_FILE, init)
 
 
 def report(
@@ -185,35 +100,6 @@ def draw(path: Path, federated: list[float], local: dict[str, list[float]], pool
     axes.legend(loc="lower right", fontsize=8)
     figure.savefig(path, dpi=140)
     plt.close(figure)
-
-
-def operate(federation: Federation, arguments: Sequence[str]) -> None:
-    """Run a `fedserver` command that talks to the server."""
-    call(["fedserver", *arguments, "--data-dir", str(federation.server_data)])
-
-
-def call(command: Sequence[str]) -> None:
-    """Print and run a command; end the demo if it fails."""
-    print(f"$ {' '.join(command)}", flush=True)
-    code = subprocess.run(program(command), check=False).returncode
-    if code:
-        sys.exit(code)
-
-
-@contextlib.contextmanager
-def background(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a command until the context ends; its output goes to a log."""
-    print(f"$ {' '.join(command)} &", flush=True)
-    with log.open("wb") as out, subprocess.Popen(program(command), stdout=out, stderr=out) as process:
-        try:
-            yield process
-        finally:
-            process.terminate()
-
-
-def program(command: Sequence[str]) -> list[str]:
-    """The command with the program beside this Python, whether the environment is activated or not."""
-    return [str(Path(sys.executable).parent / command[0]), *command[1:]]
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -40,15 +40,17 @@ class HeartDisease(Workload):
         learning_rate: Annotated[float, Bounds(0, 10)] = 1e-2
         batch_size: Annotated[int, Bounds(1, 1024)] = 4
         steps: Annotated[int, Bounds(1, 100_000)] = 100
+        optimizer: Literal["sgd", "adam"] = "sgd"
 
     def build_model(self) -> nn.Module:
         """A linear layer; the sigmoid is part of the loss."""
         return nn.Linear(FEATURES, 1)
 
     def train(self, model: nn.Module, ctx: Context) -> None:
-        """Plain SGD on batches drawn without replacement, over and over."""
+        """Steps on batches drawn without replacement, over and over."""
         features, labels = self.train_set
-        optimizer = torch.optim.SGD(model.parameters(), lr=ctx.settings.learning_rate)
+        kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[ctx.settings.optimizer]
+        optimizer = kind(model.parameters(), lr=ctx.settings.learning_rate)
         generator = ctx.generator()
         left = torch.empty(0, dtype=torch.int64)
         for _ in ctx.steps(ctx.settings.steps):

@@ -38,7 +38,7 @@ async def test_a_cancelled_lease_ends_wherever_it_is(monkeypatch: pytest.MonkeyP
     for moment in range(20):
         session = Answers()
         tools = SimpleNamespace(session=session, rng=random.Random(1), client="a")
-        session.work = work = Work(cast(Tools, tools), Held(order=order()), None, lambda _w, _m: None)
+        session.work = work = Work(cast("Tools", tools), Held(order=order()), None, lambda _w, _m: None)
         lease = asyncio.create_task(work.keep_lease())
         for _ in range(moment):
             await asyncio.sleep(0)

@@ -1,0 +1,111 @@
+"""FLamby's accuracies on Fed-Heart-Disease, through a real server and four real daemons.
+
+    python reproduce.py [DIRECTORY]
+
+FedAvg as FLamby ran it, from five seeds, and the model trained on the pooled rows; FLamby's
+published numbers are printed beside ours. docs/reproduction.md explains both. The last line
+is `result {json}`; the exit code is 1 if a mean is further than 0.003 from FLamby's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+from federation import HERE, HOSPITALS, Federation
+from rich.console import Console
+from rich.table import Table
+
+PUBLISHED = {
+    "fedavg": {42: 0.7520, 43: 0.7638, 44: 0.7638, 45: 0.7008, 46: 0.7598},
+    "pooled": {42: 0.7913, 43: 0.7953, 44: 0.7953, 45: 0.7992, 46: 0.7953},
+}
+"""FLamby's accuracy on all 254 test rows, by seed; flamby/results in its repository has them."""
+TOLERANCE = 0.003
+
+
+def main(root: Path) -> bool:
+    """Run everything in `root`, which is emptied first (but for the data); answers whether the means are FLamby's."""
+    federation = Federation(root)
+    federation.prepare()
+    started = time.monotonic()
+    seeds, console = list(PUBLISHED["fedavg"]), Console()
+    ours: dict[str, dict[int, float]] = {"fedavg": {}, "pooled": {}}
+    with contextlib.ExitStack() as processes:
+        federation.start(processes, normalise="own")
+        for seed in seeds:
+            federation.init_model(weights(root, seed), seed, quiet=True)
+            ours["fedavg"][seed] = federated(federation, console, seed)
+    site = federation.site("pooled", HOSPITALS, HOSPITALS)
+    for seed in seeds:
+        with console.status(f"seed {seed}: pooled rows, 50 epochs"):
+            run_file = write_run_file(root, "pooled", seed)
+            ours["pooled"][seed] = federation.train_alone(site, run_file, weights(root, seed))[-1]
+        console.print(f"seed {seed}: pooled rows, 50 epochs: accuracy {ours['pooled'][seed]:.4f}", highlight=False)
+    return report(console, ours, time.monotonic() - started)
+
+
+def weights(root: Path, seed: int) -> Path:
+    """Where a seed's starting weights lie."""
+    return root / f"init-{seed}.safetensors"
+
+
+def write_run_file(root: Path, kind: str, seed: int) -> Path:
+    """The protocol's run file, completed for a seed."""
+    path = root / f"{kind}-{seed}.toml"
+    head = f'name = "{kind}-{seed}"\nmodel = "{weights(root, seed).stem}"\nseed = {seed}\n'
+    path.write_text(head + (HERE / f"flamby-{kind}.toml").read_text(encoding="utf-8"), encoding="utf-8")
+    return path
+
+
+def federated(federation: Federation, console: Console, seed: int) -> float:
+    """Run FedAvg from a seed's weights; answers the last version's accuracy on all test rows."""
+    federation.operate(["run", "create", str(write_run_file(federation.root, "fedavg", seed))], quiet=True)
+    line = f"seed {seed}: FedAvg"
+    with console.status(line) as status:
+        for evaluated in federation.evaluations(f"fedavg-{seed}"):
+            version, accuracy = evaluated["version"], evaluated["metrics"]["accuracy"]
+            status.update(f"{line}, round {version} of 15: accuracy {accuracy:.4f}")
+    console.print(f"{line}, {version} rounds: accuracy {accuracy:.4f}", highlight=False)
+    return float(accuracy)
+
+
+def report(console: Console, ours: dict[str, dict[int, float]], seconds: float) -> bool:
+    """Print the comparison and the result line; answers whether the means are FLamby's."""
+    table = Table(box=None)
+    for title in ("seed", "FedAvg", "FLamby's", "pooled", "FLamby's"):
+        table.add_column(title, justify="left" if title == "seed" else "right")
+    columns = [values for kind in ours for values in (ours[kind], PUBLISHED[kind])]
+    for seed in PUBLISHED["fedavg"]:
+        table.add_row(str(seed), *(f"{column[seed]:.4f}" for column in columns))
+    for name, measure in (("mean", statistics.mean), ("std", statistics.stdev)):
+        table.add_row(f"[bold]{name}[/bold]", *(f"[bold]{measure(c.values()):.4f}[/bold]" for c in columns))
+    console.print("\nAccuracy on all 254 test rows of Fed-Heart-Disease")
+    console.print(table, "")
+    good = True
+    result: dict[str, object] = {}
+    for kind, values in ours.items():
+        mean, published = statistics.mean(values.values()), statistics.mean(PUBLISHED[kind].values())
+        if abs(mean - published) > TOLERANCE:
+            good = False
+            console.print(f"{kind}: the mean {mean:.4f} is further than {TOLERANCE} from FLamby's {published:.4f}")
+        result[f"{kind}_mean"] = round(mean, 4)
+        result[f"{kind}_std"] = round(statistics.stdev(values.values()), 4)
+        result[kind] = {str(seed): round(value, 4) for seed, value in values.items()}
+    result["seconds"] = round(seconds, 1)
+    console.print(f"took {seconds:.0f} s", highlight=False)
+    print(f"result {json.dumps(result)}", flush=True)
+    return good
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(not main(Path(sys.argv[1] if len(sys.argv) > 1 else ".demo/reproduce").resolve()))
+    except KeyboardInterrupt:
+        sys.exit("interrupted; every process it started has been told to stop")
+    except RuntimeError as e:
+        sys.exit(f"reproduce: {e}")
