@@ -92,9 +92,8 @@ class _Lines(_Json):
             self._console.print(Text(f"    {finding.advice}"))
 
     def end(self, outcomes: Counter[Outcome]) -> None:
-        words = {Outcome.OK: "ok", Outcome.WARNING: "warnings", Outcome.FAILED: "failed", Outcome.SKIPPED: "skipped"}
-        counts = ", ".join(f"{outcomes[outcome]} {word}" for outcome, word in words.items() if outcomes[outcome])
-        self._console.print(f"{sum(outcomes.values())} checks: {counts}")
+        count = ", ".join(f"{outcomes[o]} {_words(o, outcomes[o])}" for o in Outcome if outcomes[o])
+        self._console.print(f"{sum(outcomes.values())} checks: {count}")
 
     @contextlib.contextmanager
     def live(self) -> Iterator[None]:
@@ -113,3 +112,7 @@ async def _run(visit: Examination, report: _Json) -> Counter[Outcome]:
                 outcomes[finding.outcome] += 1
                 report.add(check, finding)
     return outcomes
+
+
+def _words(outcome: Outcome, count: int) -> str:
+    return "warnings" if outcome is Outcome.WARNING and count > 1 else outcome.value

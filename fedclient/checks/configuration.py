@@ -18,8 +18,9 @@ async def check_configuration(visit: Examination) -> Finding:
 
 
 def _look(visit: Examination) -> Finding:
-    problems = [*_secrets(visit), *(p for name in visit.site.workload for p in _workload(visit, name))]
-    if problems:
+    unusable = [problem for name in visit.site.workload for problem in _workload(visit, name)]
+    visit.loadable = not unusable
+    if problems := [*_secrets(visit), *unusable]:
         return together(problems)
     count = len(visit.site.workload)
     found = f"{visit.config}: site {visit.site.name}, {count} workload{'s' if count > 1 else ''}"

@@ -43,6 +43,8 @@ class Examination:
     config: Path
     train: bool = True
     """Whether to build models and train a step."""
+    loadable: bool = True
+    """Whether the workloads' modules and interpreters are there."""
     server: pb.GetServerInfoResponse | None = None
     descriptions: dict[str, Description] = field(default_factory=dict)
     models: dict[str, LocalModel] = field(default_factory=dict)

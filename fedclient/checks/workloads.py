@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from fedclient.checks.examination import Examination, off_loop
-from fedclient.checks.finding import Finding, failed, ok, together, warning
+from fedclient.checks.finding import Finding, failed, ok, skipped, together, warning
 from fedclient.launch import Device, TrainerFailed
 from fedclient.policy import Terms
 from fedlink.errors import FedlinkError
@@ -20,6 +20,8 @@ _NVIDIA = Path("/dev/nvidia0")
 
 async def check_workloads(visit: Examination) -> Finding:
     """Start each workload's process, as the daemon does, and let it describe itself."""
+    if not visit.loadable:
+        return skipped("needs config, which failed")
     return together([await _described(visit, name) for name in visit.site.workload])
 
 
