@@ -7,6 +7,7 @@ one sentence on stderr that says what to do, never a traceback.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import enum
 import os
@@ -103,9 +104,12 @@ async def _serve(site: SiteSettings) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    with handshakes_explained(lambda _: None) if site.client_tls else contextlib.nullcontext():
-        # The session says why, better than the core and once.
-        await agent.run()
+    if site.client_tls:
+        # The session says why, better than the core and once. To the very end: the core goes on trying meanwhile.
+        until_exit = contextlib.ExitStack()
+        until_exit.enter_context(handshakes_explained(lambda _: None))
+        atexit.register(until_exit.close)
+    await agent.run()
 
 
 def main() -> None:

@@ -45,6 +45,8 @@ CALL_TIMEOUT = 60.0
 """Seconds a unary call may take beyond what the server is asked to wait; then it counts as lost."""
 SAY_AGAIN_AFTER = 60.0
 """Seconds between two log lines about a server that stays away."""
+LOOK_AGAIN_AFTER = 5.0
+"""Seconds between two looks for a cause as long as none is found: a server that restarts is away first, wrong later."""
 BACKOFF = Retry(base=0.25, cap=5.0)
 """Waits between attempts."""
 
@@ -331,7 +333,9 @@ class Session:
         cause = await asyncio.to_thread(refusal, self._site.server, self._tls)
         if cause and not self._id:
             raise cause
-        self._look_again = asyncio.get_running_loop().time() + (SAY_AGAIN_AFTER if self._id else 0)
+        if self._id:
+            pause = SAY_AGAIN_AFTER if cause else LOOK_AGAIN_AFTER
+            self._look_again = asyncio.get_running_loop().time() + pause
         if cause:
             self._log.error("no connection comes about; trying again until it does", error=cause.message)
 

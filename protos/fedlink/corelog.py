@@ -3,19 +3,23 @@
 The core ends a handshake before any code of ours runs, and says so only on stderr, in terms
 of OpenSSL and as often as it is tried. While `handshakes_explained` is open, file descriptor
 2 is read by a thread: a failed handshake goes to a function, every other line passes as it is.
+The function runs in another thread, for what it logs may itself come this way: were it the
+reader, it would wait for ever for room in a full pipe that only it empties.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import re
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 
-_FAILED = re.compile(rb"Handshake failed with error ([A-Z_]+)(?:: ?(.*))?")
+# Only at the beginning of a line of the core's own: a peer's words inside a line of ours must not hide that line.
+_FAILED = re.compile(rb"[IWEF]\d{4} [^\]{]*\.cc:\d+\] Handshake failed with error ([A-Z_]+)(?:: ?(.*))?")
 _PERIOD = 60.0
 _CAUSES = (
     (b"certificate has expired", "its certificate has expired; it needs a new one"),
@@ -37,7 +41,7 @@ _CAUSES = (
 
 def cause_of(line: bytes) -> str | None:
     """Why the handshake failed of which a line of the core tells; None if it tells of none."""
-    found = _FAILED.search(line)
+    found = _FAILED.match(line)
     if not found:
         return None
     said = found[2] or b""
@@ -81,23 +85,35 @@ def handshakes_explained(failed: Callable[[str], None]) -> Iterator[None]:
     before, sys.stderr = sys.stderr, os.fdopen(os.dup(terminal), "w", buffering=1, encoding="utf-8", errors="replace")
     os.dup2(writing, 2)
     os.close(writing)
-    thread = threading.Thread(target=_read, args=(reading, terminal, failed), name="corelog", daemon=True)
-    thread.start()
+    causes: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    threads = [
+        threading.Thread(target=_read, args=(reading, terminal, causes), name="corelog", daemon=True),
+        threading.Thread(target=_tell, args=(causes, failed), name="corelog causes", daemon=True),
+    ]
+    for thread in threads:
+        thread.start()
     try:
         yield
     finally:
         os.dup2(terminal, 2)
-        thread.join()
+        for thread in threads:
+            thread.join()
         sys.stderr.close()
         sys.stderr = before
         os.close(terminal)
 
 
-def _read(reading: int, terminal: int, failed: Callable[[str], None]) -> None:
+def _read(reading: int, terminal: int, causes: queue.SimpleQueue[str | None]) -> None:
     with os.fdopen(reading, "rb") as lines:
         for line in lines:
             cause = cause_of(line)
             if cause:
-                failed(cause)
+                causes.put(cause)
             else:
                 os.write(terminal, line)
+    causes.put(None)
+
+
+def _tell(causes: queue.SimpleQueue[str | None], failed: Callable[[str], None]) -> None:
+    while (cause := causes.get()) is not None:
+        failed(cause)

@@ -25,7 +25,7 @@ import grpc
 import grpc.aio
 from cryptography import x509
 
-from fedlink.certificates import CertificateFacts, certificate_facts, facts_of, read_authorities, read_pair
+from fedlink.certificates import CertificateFacts, certificate_facts, facts_of, read_authorities, read_file, read_pair
 from fedlink.errors import FedlinkError, Reason
 
 PROBE_SECONDS = 3.0
@@ -88,9 +88,8 @@ def open_channel(address: str, tls: ClientTls | None, options: Sequence[tuple[st
     """
     if tls is None:
         return grpc.aio.insecure_channel(address, options)
-    ca = tls.ca or _system_ca()
     own = read_pair(tls.certificate, tls.key)[:2] if tls.certificate and tls.key else (None, None)
-    credentials = grpc.ssl_channel_credentials(read_authorities(ca, "tls.ca") if ca else None, own[1], own[0])
+    credentials = grpc.ssl_channel_credentials(_roots(tls), own[1], own[0])
     if tls.server_name:
         options = [*options, ("grpc.ssl_target_name_override", tls.server_name)]
     return grpc.aio.secure_channel(address, credentials, options)
@@ -242,6 +241,14 @@ def _dressed(context: ssl.SSLContext, tls: ClientTls) -> ssl.SSLContext:
     if tls.certificate and tls.key:
         context.load_cert_chain(tls.certificate, tls.key)
     return context
+
+
+def _roots(tls: ClientTls) -> bytes | None:
+    if tls.ca:
+        return read_authorities(tls.ca, "tls.ca")
+    # Not parsed: public lists have certificates with flaws that only a stricter parser minds.
+    system = _system_ca()
+    return read_file(system, "this machine's list of CAs") if system else None
 
 
 def _system_ca() -> Path | None:
