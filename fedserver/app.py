@@ -143,7 +143,10 @@ async def running(settings: ServerSettings) -> AsyncIterator[App]:
         reflection.enable_server_reflection((*_SERVICES[:2], reflection.SERVICE_NAME), admin_server)
         socket = admin_socket(data_dir)
         address = await _listen(settings, certificates, sites_server, admin_server, socket)
-        (data_dir / "address").write_text(address + "\n", encoding="ascii")
+        # Whoever waits for the file is never to find it empty.
+        fresh = data_dir / ".address"
+        fresh.write_text(address + "\n", encoding="ascii")
+        fresh.replace(data_dir / "address")
         app = App(address, socket)
         try:
             yield app
