@@ -203,7 +203,13 @@ class CoordinationServicer(pb_grpc.CoordinationServiceServicer):
         context: Context,
     ) -> pb.DeregisterClientResponse:
         """See the .proto."""
-        site = self._identity.site(context)
+        try:
+            site = self._identity.site(context)
+        except FedlinkError as e:
+            if e.reason is not Reason.SESSION_UNKNOWN:
+                raise
+            # A repeat of a call whose answer was lost: what it asks for is done.
+            return pb.DeregisterClientResponse()
         if await self._sites.deregister(site, site.row.session or b""):
             await self._engine.release(site.name)
         return pb.DeregisterClientResponse()

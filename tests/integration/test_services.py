@@ -58,9 +58,9 @@ async def begin(admin: Admin, name: str = "r", **spec: Any) -> admin_pb.Run:
     return await admin.create_run(json.dumps(table))
 
 
-async def poll(site: Any, metadata: Any, *held: bytes) -> pb.PollTaskResponse:
+async def poll(site: Any, metadata: Any, *held: bytes, wait: int = 5000) -> pb.PollTaskResponse:
     request = pb.PollTaskRequest(held_tokens=held)
-    request.wait.FromMilliseconds(5000)
+    request.wait.FromMilliseconds(wait)
     return await site.PollTask(request, metadata=metadata)
 
 
@@ -75,6 +75,22 @@ async def test_a_repeated_failure_gives_the_same_answer(fed: tuple[Any, Admin]):
     assert await refused(site.FailTask(pb.FailTaskRequest(token=b"x" * 24), metadata=metadata)) is Reason.TASK_NOT_FOUND
     beat = site.ExtendLease(pb.ExtendLeaseRequest(token=token), metadata=metadata)
     assert await refused(beat) is Reason.ROUND_CLOSED
+
+
+async def test_a_repeated_goodbye_gives_the_same_answer(fed: tuple[Any, Admin]):
+    site, admin = fed
+    first = await join(site)
+    for _ in range(2):
+        await site.DeregisterClient(pb.DeregisterClientRequest(), metadata=first)
+    clients = await admin.pages(admin.stub.ListClients, admin_pb.ListClientsRequest(), "clients")
+    assert [c.connected for c in clients] == [False]
+    # The session is over for every other call, and the goodbye of a process that another replaced is told so.
+    assert await refused(site.PollTask(pb.PollTaskRequest(), metadata=first)) is Reason.SESSION_UNKNOWN
+    second, third = await join(site), await join(site)
+    assert (
+        await refused(site.DeregisterClient(pb.DeregisterClientRequest(), metadata=second)) is Reason.SESSION_REPLACED
+    )
+    assert (await poll(site, third, wait=0)).task.token == b""
 
 
 async def test_what_a_newer_client_says_in_numbers_unknown_here_is_taken(fed: tuple[Any, Admin]):

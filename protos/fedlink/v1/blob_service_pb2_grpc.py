@@ -125,6 +125,7 @@ class BlobServiceServicer(object):
 
         INVALID_ARGUMENT / DIGEST_MISMATCH: chunk_digests does not give digest.
         INVALID_ARGUMENT / TOO_LARGE: over the limit the task or the server sets.
+        INVALID_ARGUMENT / WRONG_RESULT: the task is an evaluation; it has no update.
         NOT_FOUND / TASK_NOT_FOUND, FAILED_PRECONDITION / ROUND_CLOSED: as for
         CompleteTask; said here, before any byte moves.
         RESOURCE_EXHAUSTED / DISK_FULL with RetryInfo: not enough room now.

@@ -68,6 +68,7 @@ class BlobServiceStub:
 
     INVALID_ARGUMENT / DIGEST_MISMATCH: chunk_digests does not give digest.
     INVALID_ARGUMENT / TOO_LARGE: over the limit the task or the server sets.
+    INVALID_ARGUMENT / WRONG_RESULT: the task is an evaluation; it has no update.
     NOT_FOUND / TASK_NOT_FOUND, FAILED_PRECONDITION / ROUND_CLOSED: as for
     CompleteTask; said here, before any byte moves.
     RESOURCE_EXHAUSTED / DISK_FULL with RetryInfo: not enough room now.
@@ -148,6 +149,7 @@ class BlobServiceAsyncStub(BlobServiceStub):
 
     INVALID_ARGUMENT / DIGEST_MISMATCH: chunk_digests does not give digest.
     INVALID_ARGUMENT / TOO_LARGE: over the limit the task or the server sets.
+    INVALID_ARGUMENT / WRONG_RESULT: the task is an evaluation; it has no update.
     NOT_FOUND / TASK_NOT_FOUND, FAILED_PRECONDITION / ROUND_CLOSED: as for
     CompleteTask; said here, before any byte moves.
     RESOURCE_EXHAUSTED / DISK_FULL with RetryInfo: not enough room now.
@@ -243,6 +245,7 @@ class BlobServiceServicer(metaclass=_abc_1.ABCMeta):
 
         INVALID_ARGUMENT / DIGEST_MISMATCH: chunk_digests does not give digest.
         INVALID_ARGUMENT / TOO_LARGE: over the limit the task or the server sets.
+        INVALID_ARGUMENT / WRONG_RESULT: the task is an evaluation; it has no update.
         NOT_FOUND / TASK_NOT_FOUND, FAILED_PRECONDITION / ROUND_CLOSED: as for
         CompleteTask; said here, before any byte moves.
         RESOURCE_EXHAUSTED / DISK_FULL with RetryInfo: not enough room now.

@@ -177,7 +177,8 @@ class CoordinationServiceServicer(object):
 
     def DeregisterClient(self, request, context):
         """DeregisterClient ends the session: the client's open tasks go AWAY and may
-        be fetched again after the next registration.
+        be fetched again after the next registration. A session that has ended
+        already, or was never known, is answered alike.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

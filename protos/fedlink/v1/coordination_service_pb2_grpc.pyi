@@ -91,7 +91,8 @@ class CoordinationServiceStub:
     """
     DeregisterClient: _grpc.UnaryUnaryMultiCallable[_coordination_service_pb2.DeregisterClientRequest, _coordination_service_pb2.DeregisterClientResponse]
     """DeregisterClient ends the session: the client's open tasks go AWAY and may
-    be fetched again after the next registration.
+    be fetched again after the next registration. A session that has ended
+    already, or was never known, is answered alike.
     """
 
 @_typing.type_check_only
@@ -157,7 +158,8 @@ class CoordinationServiceAsyncStub(CoordinationServiceStub):
     """
     DeregisterClient: _aio.UnaryUnaryMultiCallable[_coordination_service_pb2.DeregisterClientRequest, _coordination_service_pb2.DeregisterClientResponse]  # type: ignore[assignment]
     """DeregisterClient ends the session: the client's open tasks go AWAY and may
-    be fetched again after the next registration.
+    be fetched again after the next registration. A session that has ended
+    already, or was never known, is answered alike.
     """
 
 class CoordinationServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -268,7 +270,8 @@ class CoordinationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_coordination_service_pb2.DeregisterClientResponse, _abc.Awaitable[_coordination_service_pb2.DeregisterClientResponse]]:
         """DeregisterClient ends the session: the client's open tasks go AWAY and may
-        be fetched again after the next registration.
+        be fetched again after the next registration. A session that has ended
+        already, or was never known, is answered alike.
         """
 
 def add_CoordinationServiceServicer_to_server(servicer: CoordinationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -404,7 +404,9 @@ class Manifest(_message.Message):
     """What the tensors are."""
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___Manifest.File]:
-        """The shards, in canonical order."""
+        """The shards, in canonical order. An update need not mirror the model's: its
+        files are its own, in number, names and what lies where.
+        """
 
     @_builtins.property
     def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Manifest.Tensor]:
