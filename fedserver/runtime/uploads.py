@@ -201,7 +201,7 @@ class TaskBlobAccess:
             raise FedlinkError(Reason.TASK_NOT_FOUND, "operators have no tasks")
         task = await self._board.open_task(caller.name, purpose.token)
         if task.row.kind != "train":
-            raise FedlinkError(Reason.TOO_LARGE, "an evaluation has nothing to upload")
+            raise FedlinkError(Reason.WRONG_RESULT, "an evaluation has no update; its metrics go with CompleteTask")
         return task
 
     async def _uploads(self, purpose: Purpose, task: OpenTask | None) -> list[UploadRow]:

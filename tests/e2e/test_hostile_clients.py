@@ -378,7 +378,7 @@ def test_an_evaluation_takes_no_update(federation: Federation, peer: Make) -> No
     while task.HasField("train"):
         held.append(task.token)
         task = eve.task(held)
-    with refusal(Reason.TOO_LARGE, Reason.WRONG_RESULT):
+    with refusal(Reason.WRONG_RESULT):
         eve.upload(task.token, b"something")
     with refusal(Reason.WRONG_RESULT):
         eve.complete(task.token, b"something")
