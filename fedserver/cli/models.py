@@ -88,4 +88,6 @@ def export(
 
 def _progress(what: str) -> Progress:
     columns = (TextColumn(what + " {task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    # Where there is no terminal it would leave an empty line before what goes wrong.
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

@@ -26,7 +26,7 @@ LIMIT = {"limits": {"steps": {"max": 100}}}
 
 def refused(federation: Federation, *arguments: str, code: int, words: str) -> None:
     """A command that fails: one line that begins with the program and says what is wrong."""
-    said = federation.call(*arguments, code=code).stderr.strip()
+    said = federation.call(*arguments, code=code).stderr.removesuffix("\n")
     assert len(said.splitlines()) == 1, said
     assert said.startswith("fedserver: ")
     assert words in said
