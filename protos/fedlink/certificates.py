@@ -36,7 +36,7 @@ class CertificateFacts:
     names: tuple[str, ...]
     """Host names and addresses it is good for."""
     issuer_bytes: bytes
-    """The issuer's name as in the certificate, to compare."""
+    """The issuer's whole name, to compare."""
 
     def trouble(self, now: dt.datetime | None = None) -> str:
         """Words such as "expired on ..." or "is valid only from ..."; empty if it is valid at this time."""
@@ -68,7 +68,7 @@ def facts_of(certificate: x509.Certificate) -> CertificateFacts:
         not_before=certificate.not_valid_before_utc,
         not_after=certificate.not_valid_after_utc,
         names=tuple(names),
-        issuer_bytes=certificate.issuer.public_bytes(),
+        issuer_bytes=_comparable(certificate.issuer),
     )
 
 
@@ -152,7 +152,7 @@ def read_revoked(path: Path, authorities: bytes) -> frozenset[tuple[bytes, int]]
         if not any(_signed(crl, issuer) for issuer in issuers):
             name = _common_name(crl.issuer) or crl.issuer.rfc4514_string()
             raise FedlinkError(Reason.BAD_CONFIG, f"{path}: the list of {name!r} is not signed by a CA in client_ca")
-        revoked |= {(crl.issuer.public_bytes(), entry.serial_number) for entry in crl}
+        revoked |= {(_comparable(crl.issuer), entry.serial_number) for entry in crl}
     return frozenset(revoked)
 
 
@@ -170,11 +170,13 @@ def _certificates(path: Path, data: bytes) -> list[x509.Certificate]:
         raise FedlinkError(Reason.BAD_CONFIG, f"{path} is not a certificate in PEM: {e}") from None
 
 
-_CRL_END = b"-----END X509 CRL-----"
+_CRL_BEGIN, _CRL_END = b"-----BEGIN X509 CRL-----", b"-----END X509 CRL-----"
 
 
 def _revocation_lists(path: Path) -> list[x509.CertificateRevocationList]:
-    parts = read_file(path, "revocation list").split(_CRL_END)[:-1]
+    *parts, rest = read_file(path, "revocation list").split(_CRL_END)
+    if _CRL_BEGIN in rest:
+        raise FedlinkError(Reason.BAD_CONFIG, f"{path} is not a revocation list in PEM: it is cut off")
     try:
         lists = [x509.load_pem_x509_crl(part.lstrip() + _CRL_END + b"\n") for part in parts]
     except ValueError as e:
@@ -194,6 +196,11 @@ def _signed(crl: x509.CertificateRevocationList, issuer: x509.Certificate) -> bo
 def _common_name(name: x509.Name) -> str:
     values = name.get_attributes_for_oid(NameOID.COMMON_NAME)
     return str(values[0].value) if values else ""
+
+
+def _comparable(name: x509.Name) -> bytes:
+    # Not its encoding: the same text may be of one type in a certificate and of another in a revocation list.
+    return name.rfc4514_string().encode()
 
 
 def _public_bytes(key: object) -> bytes:
