@@ -113,9 +113,19 @@ class Federation(contextlib.ExitStack):
 
     # --- Processes
 
-    def start_server(self, *options: str) -> Self:
-        """Start the server, after a kill on the same port; returns when it serves."""
-        listen = self.address or "127.0.0.1:0"
+    def start_server(self, *options: str, listen: str = "", **tables: Any) -> Self:
+        """Start the server, after a kill on the same port; returns when it serves.
+
+        Args:
+            options: of `fedserver serve`.
+            listen: address; by default that of before, or a free port on loopback.
+            tables: what a fedserver.toml is to say, e.g. `tls={...}`.
+        """
+        listen = listen or self.address or "127.0.0.1:0"
+        if tables:
+            config = self.root / "fedserver.toml"
+            config.write_text(toml(tables))
+            options = ("--config", str(config), *options)
         written = self.data_dir / "address"
         written.unlink(missing_ok=True)
         command = [program("fedserver"), "serve", "--data-dir", str(self.data_dir), "--listen", listen, *options]
@@ -246,12 +256,12 @@ class Site:
         table = {"name": name, "server": server or federation.address, "devices": ["cpu"], **(extra or {})}
         offer = {"trainer": trainer, **(options or {}), "data": {"control": "control", **(data or {})}}
         self.config.write_text(toml({**table, "workload": {workload: offer}}))
+        self.command = [program("fedclient"), "start", "--config", str(self.config)]
         self.daemon: Daemon | None = None
 
-    def start(self) -> Daemon:
+    def start(self, *options: str) -> Daemon:
         """Start the daemon (again)."""
-        command = [program("fedclient"), "start", "--config", str(self.config)]
-        self.daemon = self._federation._daemon(command, self.name)
+        self.daemon = self._federation._daemon([*self.command, *options], self.name)
         return self.daemon
 
     def kill(self) -> None:

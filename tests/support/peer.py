@@ -61,11 +61,18 @@ def manifest_of(data: bytes, kind: types_pb.Manifest.Kind, *, buffers: Sequence[
 
 
 class Peer:
-    """A connection of its own to the sites' listener."""
+    """A connection of its own to the sites' listener; encrypted with `credentials`."""
 
-    def __init__(self, address: str, name: str, *, token: str = "") -> None:
+    def __init__(
+        self, address: str, name: str, *, token: str = "", credentials: grpc.ChannelCredentials | None = None
+    ) -> None:
         self.name = name
-        self._channel = grpc.insecure_channel(address, options=rpc.channel_options())
+        options = rpc.channel_options()
+        self._channel = (
+            grpc.secure_channel(address, credentials, options)
+            if credentials
+            else grpc.insecure_channel(address, options)
+        )
         self.coordination = pb_grpc.CoordinationServiceStub(self._channel)
         self.blobs = blob_grpc.BlobServiceStub(self._channel)
         self.metadata: dict[str, str | bytes] = {rpc.META_CLIENT: name}
