@@ -19,6 +19,8 @@ class Doing:
     total: int = 0
     seconds: float = 0.0
     """Since the task was fetched, or since the site was last heard of if it is away."""
+    held_back: float = 0.0
+    """Seconds until the site may fetch the task: a further attempt after a failure."""
 
     def __str__(self) -> str:
         share = f" {self.done} of {self.total}" if self.total else ""
@@ -102,6 +104,8 @@ def _list_tasks(view: RunView, tasks: Mapping[str, TaskState]) -> str:
         doing = view.doing.get(client)
         if state is TaskState.AWAY:
             parts.append(f"{client} (away for {doing.seconds:.0f} s)" if doing else f"{client} (away)")
+        elif doing and doing.held_back:
+            parts.append(f"{client} (failed; its next attempt begins in {doing.held_back:.0f} s)")
         elif state is TaskState.PENDING:
             parts.append(f"{client} (has not fetched its task)")
         elif state is TaskState.CHECKING:

@@ -8,6 +8,7 @@ process: after a restart every open task gets a full fresh term.
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable
@@ -24,6 +25,10 @@ from fedserver.store.rows import RunRow, TaskRow
 
 UPDATE_LOST = "UPDATE_LOST"
 """Reason of an open task whose accepted update was lost with the power."""
+RETRY_BASE = 2.0
+"""Seconds a site waits at most for the second attempt at a task that failed; each further one doubles it."""
+RETRY_CAP = 300.0
+"""Seconds no attempt is held back longer."""
 _MAX_METRICS = 64
 
 
@@ -57,6 +62,8 @@ class OpenTask:
     state: TaskState = TaskState.PENDING
     expires: float = 0.0
     """On the monotonic clock."""
+    ready: float = 0.0
+    """When it may be fetched, on the monotonic clock: a further attempt is held back for a while."""
     fetched: bool = False
     reopened: bool = False
     """Its accepted update was lost with the power; the site is asked for it again."""
@@ -71,6 +78,11 @@ class OpenTask:
     metrics: dict[str, float] = field(default_factory=dict)
     claim: Claim | None = None
     check: asyncio.Task[Verdict] | None = None
+
+    @property
+    def held_back(self) -> float:
+        """Seconds until it may be fetched."""
+        return max(0.0, self.ready - time.monotonic())
 
     def term_over(self, now: float) -> bool:
         """Whether it is worked on, as far as is known, and its term is over; `now` is on the monotonic clock."""
@@ -110,8 +122,11 @@ class TaskBoard:
         for row in rows:
             task = OpenTask(row, run)
             task.bytes_down, task.bytes_up = row.bytes_down, row.bytes_up
+            # Whatever the clock on the wall did meanwhile, the wait is not longer than when it began.
+            wait = retry_wait(row)
+            task.ready = time.monotonic() + max(0.0, min(wait, row.issued + wait - time.time()))
             task.expires = time.monotonic() + self.lease_term
-            if not fresh:
+            if not fresh and not task.held_back:
                 task.state, task.fetched = TaskState.RUNNING, True
                 task.reopened = row.reason == UPDATE_LOST
             self._by_token[row.token] = task
@@ -191,12 +206,13 @@ class TaskBoard:
             while not superseded.is_set():
                 self._news[client].clear()
                 waiting = [t for t in self.of_client(client) if t.token not in held or t.reopened]
-                if waiting:
-                    return self._fetch(min(waiting, key=lambda t: (t.row.kind == "train", t.row.id)))
-                left = deadline - time.monotonic()
-                if left <= 0:
+                now = time.monotonic()
+                if ready := [t for t in waiting if t.ready <= now]:
+                    return self._fetch(min(ready, key=lambda t: (t.row.kind == "train", t.row.id)))
+                if now >= deadline:
                     break
-                await _first_of(self._news[client], superseded, wait=left)
+                until = min([deadline, *(t.ready for t in waiting)])
+                await _first_of(self._news[client], superseded, wait=until - now)
         finally:
             if self._polls.get(client) is superseded:
                 del self._polls[client]
@@ -240,6 +256,17 @@ class TaskBoard:
         for name, value in points:
             if name in task.metrics or len(task.metrics) < _MAX_METRICS:
                 task.metrics[name] = value
+
+
+def retry_wait(row: TaskRow) -> float:
+    """Seconds a task is held back after it was issued: none the first time, then longer with every attempt.
+
+    Half of it is jitter, drawn from the token, so that a restart changes nothing.
+    """
+    if row.kind != "train" or row.attempt <= 1:
+        return 0.0
+    longest = min(RETRY_CAP, RETRY_BASE * 2.0 ** min(row.attempt - 2, 60))
+    return longest * (1.0 + random.Random(row.token).random()) / 2  # noqa: S311 - jitter, no secret
 
 
 def ended(row: TaskRow) -> FedlinkError:

@@ -535,7 +535,7 @@ class RunDriver:
 
 def _doing(task: OpenTask, now: float) -> Doing:
     since = task.heard if task.state is TaskState.AWAY else task.since
-    return Doing(task.activity, task.done, task.total, now - since)
+    return Doing(task.activity, task.done, task.total, now - since, task.held_back)
 
 
 def _restored(run: RunRow, found: RoundRow, tasks: Sequence[TaskRow], *, not_before: float) -> Round:

@@ -12,7 +12,8 @@ import pytest
 
 from fedlink.errors import FedlinkError, Reason
 from fedserver.rounds.model import TaskState
-from fedserver.runtime.board import UPDATE_LOST, TaskBoard
+from fedserver.runtime import board
+from fedserver.runtime.board import RETRY_BASE, RETRY_CAP, UPDATE_LOST, TaskBoard, retry_wait
 from fedserver.store.database import Database
 from fedserver.store.queries import runs as run_queries
 from fedserver.store.queries import tasks as task_queries
@@ -141,6 +142,54 @@ async def test_tasks_of_before_a_restart_have_a_full_term_and_a_lost_update_is_a
     assert task is not None
     assert task.token == lost.token
     assert await table.board.poll("a", held, 0.0) is None
+
+
+async def test_a_further_attempt_is_held_back_longer_each_time(table: Table):
+    first = replace(await table.write("a"), attempt=1, issued=time.time())
+    waits = {n: [retry_wait(replace(first, attempt=n, token=bytes([i]))) for i in range(20)] for n in range(1, 101)}
+    assert set(waits[1]) == {0.0}
+    for attempt in range(2, 101):
+        longest = min(RETRY_CAP, RETRY_BASE * 2 ** (attempt - 2))
+        assert all(longest / 2 <= wait <= longest for wait in waits[attempt])
+        assert len(set(waits[attempt])) == 20
+    # An evaluation's number of attempts says nothing.
+    assert retry_wait(replace(first, kind="evaluate", attempt=5)) == 0.0
+
+
+async def test_an_attempt_that_is_held_back_comes_when_its_time_has_come(table: Table, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(board, "RETRY_BASE", 0.4)
+    again = replace(await table.write("a"), attempt=2, issued=time.time())
+    table.board.add(table.run, [again])
+    assert await table.board.poll("a", set(), 0.0) is None
+    begun = time.monotonic()
+    task = await table.board.poll("a", set(), 10.0)
+    assert task is not None
+    assert task.token == again.token
+    assert 0.1 < time.monotonic() - begun < 2.0
+    # Another task need not wait for it.
+    later = replace(await table.write("b"), attempt=9, issued=time.time())
+    table.board.add(table.run, [later])
+    other = await table.put("b", kind="evaluate")
+    found = await table.board.poll("b", set(), 0.0)
+    assert found is not None
+    assert found.token == other.token
+
+
+async def test_what_was_held_back_before_a_restart_stays_so_and_no_longer(
+    table: Table, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(board, "RETRY_BASE", 100.0)
+    row = replace(await table.write("a"), attempt=2, issued=time.time() - 1000)
+    held = replace(await table.write("b"), attempt=2, issued=time.time())
+    future = replace(await table.write("c"), attempt=2, issued=time.time() + 1e6)
+    table.board.add(table.run, [row, held, future], fresh=False)
+    assert await table.board.poll("a", set(), 0.0) is not None
+    assert await table.board.poll("b", set(), 0.0) is None
+    for each in (held, future):
+        waiting = table.board.get(each.token)
+        assert waiting is not None
+        assert waiting.state is TaskState.PENDING
+        assert 40 < waiting.held_back <= 100
 
 
 async def test_a_term_that_is_over(table: Table):

@@ -223,6 +223,10 @@ def test_explanations_name_who_and_what_ends_it():
     assert "b (away for 40 s)" in text
     assert "c (computing 30 of 100, 12 s)" in text
     assert "d (has not fetched its task)" in text
+    again, _ = told(current, TaskChanged("c", TaskState.FAILED, 102.0, retryable=True))
+    doing["c"] = Doing(held_back=4)
+    text = explain(RunView(state="active", workload="w", round=again, now=102.0, doing=doing))
+    assert "c (failed; its next attempt begins in 4 s)" in text
     waiting = Round("r", 1, 1, Cohort(min_clients=3), seed=0)
     refusals = {"z": "does not offer workload 'w'"}
     view = RunView(state="active", workload="w", round=waiting, now=0, eligible=frozenset("a"), refusals=refusals)

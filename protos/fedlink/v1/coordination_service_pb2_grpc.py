@@ -161,7 +161,8 @@ class CoordinationServiceServicer(object):
 
     def FailTask(self, request, context):
         """FailTask says that the client could not do a task. The server may issue a
-        new attempt, with a new token, to the same client.
+        new attempt, with a new token, to the same client; it holds it back for a
+        while that grows with each failure.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

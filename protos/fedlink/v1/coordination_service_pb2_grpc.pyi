@@ -83,7 +83,8 @@ class CoordinationServiceStub:
     """
     FailTask: _grpc.UnaryUnaryMultiCallable[_coordination_service_pb2.FailTaskRequest, _coordination_service_pb2.FailTaskResponse]
     """FailTask says that the client could not do a task. The server may issue a
-    new attempt, with a new token, to the same client.
+    new attempt, with a new token, to the same client; it holds it back for a
+    while that grows with each failure.
     """
     ReportMetrics: _grpc.UnaryUnaryMultiCallable[_coordination_service_pb2.ReportMetricsRequest, _coordination_service_pb2.ReportMetricsResponse]
     """ReportMetrics hands over points for a task; best effort. The server keeps
@@ -150,7 +151,8 @@ class CoordinationServiceAsyncStub(CoordinationServiceStub):
     """
     FailTask: _aio.UnaryUnaryMultiCallable[_coordination_service_pb2.FailTaskRequest, _coordination_service_pb2.FailTaskResponse]  # type: ignore[assignment]
     """FailTask says that the client could not do a task. The server may issue a
-    new attempt, with a new token, to the same client.
+    new attempt, with a new token, to the same client; it holds it back for a
+    while that grows with each failure.
     """
     ReportMetrics: _aio.UnaryUnaryMultiCallable[_coordination_service_pb2.ReportMetricsRequest, _coordination_service_pb2.ReportMetricsResponse]  # type: ignore[assignment]
     """ReportMetrics hands over points for a task; best effort. The server keeps
@@ -250,7 +252,8 @@ class CoordinationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_coordination_service_pb2.FailTaskResponse, _abc.Awaitable[_coordination_service_pb2.FailTaskResponse]]:
         """FailTask says that the client could not do a task. The server may issue a
-        new attempt, with a new token, to the same client.
+        new attempt, with a new token, to the same client; it holds it back for a
+        while that grows with each failure.
         """
 
     @_abc_1.abstractmethod
