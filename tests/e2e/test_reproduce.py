@@ -15,7 +15,7 @@ FEDAVG = {"42": 0.7520, "43": 0.7638, "44": 0.7638, "45": 0.7008, "46": 0.7598}
 TRAIN, TEST = 0, 1
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.xdist_group("heavy")
 def test_the_published_accuracies(tmp_path: Path, heart_data: Path) -> None:
     (tmp_path / "data").symlink_to(heart_data)

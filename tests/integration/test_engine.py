@@ -1,31 +1,30 @@
-"""Runs, rounds and recovery against a real database, blob store and spool; only the sockets are missing."""
+"""Rounds, leases and what operators ask for, against a real database, blob store and spool; without sockets."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from fedlink.blobs import ref_of
 from fedlink.errors import FedlinkError, Reason
-from fedlink.transfer import TaskPurpose
 from fedserver.rounds.model import Phase, TaskState
-from fedserver.runtime.access import Caller
-from fedserver.store.queries import models as model_queries
-from fedserver.store.queries import runs as run_queries
-from fedserver.store.queries import tasks as task_queries
-from fedserver.store.rows import RunRow
-from tests.support.server import OPERATOR, Server, server
-from tests.support.shards import read_safetensors
-
-QUIET = {"evaluation": {"enabled": False}}
-TWO = {"cohort": {"min_clients": 2}}
-ONE = {"cohort": {"min_clients": 1}}
+from fedserver.runtime import board
+from tests.support.server import (
+    ONE,
+    QUIET,
+    TWO,
+    Server,
+    server,
+    spooled,
+    stored_is_needed,
+    weights,
+)
 
 
 @pytest.fixture
@@ -33,21 +32,6 @@ async def fed(tmp_path: Path) -> AsyncIterator[Server]:
     async with server(tmp_path / "data") as made:
         await made.import_model()
         yield made
-
-
-async def weights(fed: Server, run: RunRow, version: int) -> list[float]:
-    _, ref, _ = await fed.parts.versions.find(f"{run.name}@{version}")
-    (path,) = fed.parts.versions.files_of(ref.digest).files
-    return np.frombuffer(read_safetensors(path)["w"][2], np.float32).tolist()
-
-
-def spooled(fed: Server) -> int:
-    return len(list(fed.spool.ids()))
-
-
-async def stored_is_needed(fed: Server) -> bool:
-    needed = await fed.database.run(model_queries.needed)
-    return set(fed.store.digests()) == needed
 
 
 # --- A round
@@ -137,12 +121,16 @@ async def test_a_failed_round_is_tried_again_and_then_fails_the_run(fed: Server)
     assert spooled(fed) == 0
 
 
-async def test_a_new_attempt_has_a_new_token(fed: Server):
+async def test_a_new_attempt_has_a_new_token_and_is_held_back(fed: Server, monkeypatch):
+    monkeypatch.setattr(board, "RETRY_BASE", 0.5)
     await fed.join("a")
     run = await fed.create(**ONE, **QUIET)
     first = await fed.task("a")
     await fed.engine.driver_of(first).task_ended(first, TaskState.FAILED, {"reason": "CRASHED"}, retryable=True)
+    assert "a (failed; its next attempt begins in" in fed.engine.driver_of(fed.parts.board.of_client("a")[0]).waiting()
+    failed = time.monotonic()
     second = await fed.task("a")
+    assert time.monotonic() - failed > 0.2
     assert (second.row.attempt, second.token == first.token) == (2, False)
     await fed.complete(second, await fed.send(second))
     assert (await fed.ended(run)).version == 1
@@ -170,7 +158,7 @@ async def test_a_commit_that_fails_leaves_nothing_behind_and_no_run_hanging(fed:
 
     monkeypatch.setattr(driver, "_commit_version", broken)
     await fed.train("a")
-    await fed.until(lambda: driver.round.attempt == 2, "the second attempt")
+    await fed.until(lambda: driver.round and driver.round.attempt == 2, "the second attempt")
     assert await stored_is_needed(fed)
     monkeypatch.undo()
     await fed.train("a")
@@ -193,7 +181,7 @@ async def test_a_transition_that_an_error_stopped_is_taken_up_again(fed: Server,
     task = await fed.task("a")
     with pytest.raises(OSError, match="full"):
         await driver.task_ended(task, TaskState.FAILED, {"reason": "EXCEPTION"})
-    await fed.until(lambda: driver.round.attempt == 2, "the second attempt")
+    await fed.until(lambda: driver.round and driver.round.attempt == 2, "the second attempt")
 
 
 # --- Leases
@@ -363,262 +351,6 @@ async def test_a_caller_that_hangs_up_does_not_stop_a_transition_half_way(fed: S
     with pytest.raises(asyncio.CancelledError):
         await call
     assert (await fed.ended(run)).state == "stopped"
-
-
-# --- Evaluation
-
-
-async def evaluate(fed: Server, version: int, **accuracy: float) -> None:
-    for client, value in accuracy.items():
-        task = await fed.task(client, "evaluate")
-        assert task.row.version == version
-        assert (await fed.complete(task, accuracy=value)).accepted
-
-
-async def test_every_version_is_measured_and_the_best_is_marked(fed: Server):
-    await fed.join("a", "b")
-    run = await fed.create(**TWO)
-    await evaluate(fed, 0, a=0.9, b=0.7)
-    await fed.train("a", "b")
-    await fed.version(run, 1)
-    await fed.until(lambda: fed.driver(run).row.state == "finishing", "finishing")
-    assert "evaluation of the newest version by a" in fed.driver(run).waiting()
-    await evaluate(fed, 1, a=0.5, b=0.5)
-    after = await fed.ended(run)
-    assert (after.state, after.best_version) == ("completed", 0)
-    versions = await fed.database.run(lambda c: run_queries.list_versions(c, run.id))
-    assert [v.means["accuracy"] for v in versions] == [pytest.approx(0.8), pytest.approx(0.5)]
-
-
-async def test_a_run_stops_at_its_target_and_goes_on_when_it_is_extended(fed: Server):
-    await fed.join("a")
-    run = await fed.create(rounds=9, stop={"target": 0.8}, **ONE)
-    await evaluate(fed, 0, a=0.1)
-    await fed.train("a")
-    await evaluate(fed, 1, a=0.85)
-    after = await fed.ended(run)
-    assert (after.state, after.version) == ("completed", 1)
-    assert "accuracy reached 0.8" in after.reason
-    await fed.engine.extend("r", 9 + 1)
-    await fed.train("a")
-    await evaluate(fed, 2, a=0.1)
-    await fed.until(lambda: fed.driver(run).round is not None, "round 3")
-    assert fed.driver(run).round.number == 3
-
-
-async def test_nothing_happens_in_a_run_after_it_has_ended(fed: Server):
-    await fed.join("a")
-    run = await fed.create(rounds=2, **ONE)
-    await fed.train("a")
-    await fed.version(run, 1)
-    driver = fed.driver(run)
-    await driver.stop()
-    await driver.tick(1e12)
-    assert (await fed.events(run))[-1] == "run_ended"
-
-
-# --- Disk
-
-
-async def test_old_versions_go_and_the_newest_and_the_best_stay(fed: Server):
-    await fed.join("a")
-    run = await fed.create(rounds=6, retention={"keep_versions": 2}, **ONE)
-    for version, value in enumerate((0.1, 0.2, 0.9, 0.3, 0.4, 0.5)):
-        await evaluate(fed, version, a=value)
-        await fed.train("a")
-        await fed.version(run, version + 1)
-    await evaluate(fed, 6, a=0.5)
-    after = await fed.ended(run)
-    assert after.best_version == 2
-
-    async def kept() -> bool:
-        versions = await fed.database.run(lambda c: run_queries.list_versions(c, run.id))
-        return [v.number for v in versions] == [2, 5, 6] and await stored_is_needed(fed)
-
-    await fed.until(kept, "retirement")
-    assert await weights(fed, run, 2) == [2.0, 3.0]
-
-
-async def test_a_version_that_may_yet_be_the_best_is_kept(fed: Server):
-    await fed.join("a", "slow")
-    run = await fed.create(rounds=4, retention={"keep_versions": 1}, cohort={"min_clients": 1, "target": 1})
-    measuring = await fed.task("slow", "evaluate")
-    for number in (1, 2):
-        await fed.train("a")
-        await fed.version(run, number)
-    await fed.parts.versions.retire(run.id)
-    assert 0 in [v.number for v in await fed.database.run(lambda c: run_queries.list_versions(c, run.id))]
-    assert (await fed.complete(measuring, accuracy=1.0)).accepted
-
-
-async def test_an_upload_that_begins_as_its_round_closes_leaves_nothing(fed: Server, monkeypatch):
-    await fed.join("a")
-    run = await fed.create(**ONE, **QUIET)
-    task = await fed.task("a")
-    making = fed.parts.access._make_slot
-
-    def late(*args: Any) -> None:
-        making(*args)
-        asyncio.run_coroutine_threadsafe(fed.driver(run).stop(), loop).result(10)
-
-    loop = asyncio.get_running_loop()
-    monkeypatch.setattr(fed.parts.access, "_make_slot", late)
-    with pytest.raises(FedlinkError) as e:
-        await fed.upload(Caller("a", operator=False), TaskPurpose(task.token), b"x" * 100)
-    assert e.value.reason is Reason.ROUND_CLOSED
-    assert spooled(fed) == 0
-    assert await fed.database.run(task_queries.all_uploads) == []
-
-
-async def test_importing_twice_is_importing_once(fed: Server):
-    await fed.import_model()
-    await fed.import_model("other")
-    assert spooled(fed) == 0
-    assert await fed.database.run(task_queries.all_uploads) == []
-    await fed.create("taken", **ONE)
-    with pytest.raises(FedlinkError) as e:
-        await fed.import_model("taken")
-    assert e.value.reason is Reason.MODEL_EXISTS
-
-
-# --- Rights
-
-
-async def test_a_site_reaches_only_what_its_tasks_refer_to(fed: Server):
-    await fed.join("a", "b")
-    await fed.create(**TWO, **QUIET)
-    a, b = await fed.task("a"), await fed.task("b")
-    update = await fed.send(a)
-    access, as_a, as_b = fed.parts.access, Caller("a", operator=False), Caller("b", operator=False)
-    model = await access.task_model(a)
-    assert await access.readable(as_a, a.token, model.digest) == model
-    for caller, token, digest, reason in (
-        (as_b, b.token, update.digest, Reason.BLOB_NOT_FOUND),
-        (as_b, a.token, model.digest, Reason.TASK_NOT_FOUND),
-        (as_b, b"", model.digest, Reason.TASK_NOT_FOUND),
-        (as_a, a.token, update.digest, Reason.BLOB_NOT_FOUND),
-    ):
-        with pytest.raises(FedlinkError) as e:
-            await access.readable(caller, token, digest)
-        assert e.value.reason is reason
-    # What another site sent counts as missing, what the caller sent or may read does not.
-    assert await access.missing(as_b, TaskPurpose(b.token), [update.digest, model.digest]) == [update.digest]
-    assert await access.missing(as_a, TaskPurpose(a.token), [update.digest, model.digest]) == []
-    with pytest.raises(FedlinkError) as e:
-        await fed.complete(b, update)
-    assert e.value.reason is Reason.BLOB_MISSING
-
-
-async def test_what_a_task_may_upload_is_bounded(fed: Server):
-    await fed.join("a")
-    await fed.create(**ONE, **QUIET)
-    task = await fed.task("a")
-    caller, purpose = Caller("a", operator=False), TaskPurpose(task.token)
-    with pytest.raises(FedlinkError) as e:
-        await fed.upload(caller, purpose, bytes(9 << 20))
-    assert e.value.reason is Reason.TOO_LARGE
-    with pytest.raises(FedlinkError):
-        await fed.parts.access.start_upload(OPERATOR, purpose, ref_of(b""), b"")
-
-
-# --- Restarts
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    return tmp_path / "again"
-
-
-async def test_a_round_goes_on_after_a_restart_in_every_phase(data: Path, monkeypatch):
-    async with server(data) as fed:
-        await fed.import_model()
-        run = await fed.create(**TWO, **QUIET)
-    async with server(data) as fed:  # SELECT
-        assert "waits for 2 more sites" in fed.driver(run).waiting()
-        await fed.join("a", "b")
-        await fed.train("a")
-    async with server(data) as fed:  # COLLECT
-        assert fed.driver(run).round.accepted == ("a",)
-        await fed.join("b")
-        monkeypatch.setattr(fed.driver(run), "_aggregate", lambda _: asyncio.sleep(3600))
-        await fed.train("b")
-        assert fed.driver(run).round.phase is Phase.AGGREGATE
-    async with server(data) as fed:  # AGGREGATE
-        after = await fed.ended(run)
-        assert (after.state, after.version) == ("completed", 1)
-        assert await weights(fed, run, 1) == [1.5, 2.5]
-        assert spooled(fed) == 0
-    async with server(data) as fed:
-        assert fed.engine.driver(run.id) is None
-        assert await stored_is_needed(fed)
-
-
-async def test_a_deadline_that_passed_while_the_server_was_down_leaves_a_term(data: Path):
-    async with server(data) as fed:
-        await fed.import_model()
-        await fed.join("a", "b")
-        run = await fed.create(cohort={"min_clients": 2, "deadline": 0.5}, **QUIET)
-        await fed.train("a")
-    await asyncio.sleep(0.6)
-    async with server(data) as fed:
-        await asyncio.sleep(0.5)  # the clock has ticked
-        await fed.join("b")
-        await fed.train("b")
-        assert (await fed.ended(run)).version == 1
-
-
-async def test_updates_of_a_round_that_ended_just_before_a_crash_are_deleted(data: Path, monkeypatch):
-    async with server(data) as fed:
-        await fed.import_model()
-        await fed.join("a")
-        run = await fed.create(rounds=2, **ONE, **QUIET)
-        monkeypatch.setattr(fed.driver(run), "_drop_updates", lambda _: asyncio.sleep(3600))
-        await fed.train("a")
-        await fed.version(run, 1)
-        assert spooled(fed) == 2
-    async with server(data) as fed:
-        assert spooled(fed) == 0
-        assert fed.driver(run).round.number == 2
-
-
-async def test_an_update_lost_with_the_power_is_asked_for_until_it_is_there(data: Path):
-    async with server(data) as fed:
-        await fed.import_model()
-        await fed.join("a", "b")
-        run = await fed.create(**TWO, **QUIET)
-        await fed.train("a")
-        token = fed.polls["a"][0]
-        for upload_id in fed.spool.ids():
-            fed.spool.path(upload_id).write_bytes(b"")
-        await fed.database.run(lambda c: model_queries.set_meta(c, "boot_id", "another boot"))
-    # The machine comes up, and the server is killed once more before the site has come back.
-    for _ in range(2):
-        async with server(data) as fed:
-            assert [t.state for t in await fed.tasks(run)] == ["pending", "pending"]
-            task = await fed.parts.board.poll("a", {token}, 0.0)
-            assert task is not None
-            assert task.token == token
-    async with server(data) as fed:
-        await fed.join("a", "b")
-        await fed.train("a", "b")
-        assert (await fed.ended(run)).version == 1
-        assert [t.reason for t in await fed.tasks(run)] == ["", ""]
-
-
-async def test_a_run_that_waits_for_an_evaluation_waits_on_after_a_restart(data: Path):
-    async with server(data) as fed:
-        await fed.import_model()
-        await fed.join("a")
-        run = await fed.create(**ONE)
-        await evaluate(fed, 0, a=0.1)
-        await fed.train("a")
-        await fed.until(lambda: fed.driver(run).row.state == "finishing", "finishing")
-    async with server(data) as fed:
-        assert "evaluation" in fed.driver(run).waiting()
-        await fed.join("a")
-        await evaluate(fed, 1, a=0.7)
-        after = await fed.ended(run)
-        assert (after.state, after.best_version) == ("completed", 1)
 
 
 # --- Watching

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fedlink import PROTOCOL_VERSION
 from fedlink.blobs import BlobRef, chunk_digests_of, chunk_spans, ref_of
 from fedlink.tensors import Kind
@@ -26,15 +28,19 @@ from fedserver.runtime.recovery import recover
 from fedserver.settings import ServerSettings
 from fedserver.store.blobs import DirectoryBlobStore
 from fedserver.store.database import Database
+from fedserver.store.queries import models as model_queries
 from fedserver.store.queries import runs as run_queries
 from fedserver.store.queries import tasks as task_queries
 from fedserver.store.rows import RunRow, TaskRow
 from fedserver.store.spool import Spool
-from tests.support.shards import T, put
+from tests.support.shards import T, put, read_safetensors
 
 OPERATOR = Caller("operator", operator=True)
 SCHEMA = '{"type": "object", "additionalProperties": false, "properties": {}}'
 MODEL = [[T.of("w", "F32", [1.0, 2.0])]]
+QUIET = {"evaluation": {"enabled": False}}
+TWO = {"cohort": {"min_clients": 2}}
+ONE = {"cohort": {"min_clients": 1}}
 
 
 @dataclass
@@ -190,3 +196,29 @@ async def server(root: Path, **settings: Any) -> AsyncIterator[Server]:
     finally:
         await engine.close()
         database.close()
+
+
+async def weights(fed: Server, run: RunRow, version: int) -> list[float]:
+    """The weights of a version."""
+    _, ref, _ = await fed.parts.versions.find(f"{run.name}@{version}")
+    (path,) = fed.parts.versions.files_of(ref.digest).files
+    return np.frombuffer(read_safetensors(path)["w"][2], np.float32).tolist()
+
+
+def spooled(fed: Server) -> int:
+    """How many uploads lie in the spool."""
+    return len(list(fed.spool.ids()))
+
+
+async def stored_is_needed(fed: Server) -> bool:
+    """Whether what is stored is what something refers to."""
+    needed = await fed.database.run(model_queries.needed)
+    return set(fed.store.digests()) == needed
+
+
+async def evaluate(fed: Server, version: int, **accuracy: float) -> None:
+    """Fetch and complete the evaluation of a version."""
+    for client, value in accuracy.items():
+        task = await fed.task(client, "evaluate")
+        assert task.row.version == version
+        assert (await fed.complete(task, accuracy=value)).accepted

@@ -1,0 +1,109 @@
+"""A run goes on after a restart, wherever it was; as in test_engine, with several lives of one server."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from fedserver.rounds.model import Phase
+from fedserver.store.queries import models as model_queries
+from tests.support.server import ONE, QUIET, TWO, evaluate, server, spooled, stored_is_needed, weights
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return tmp_path / "again"
+
+
+async def test_a_round_goes_on_after_a_restart_in_every_phase(data: Path, monkeypatch):
+    async with server(data) as fed:
+        await fed.import_model()
+        run = await fed.create(**TWO, **QUIET)
+    async with server(data) as fed:  # SELECT
+        assert "waits for 2 more sites" in fed.driver(run).waiting()
+        await fed.join("a", "b")
+        await fed.train("a")
+    async with server(data) as fed:  # COLLECT
+        assert fed.driver(run).round.accepted == ("a",)
+        await fed.join("b")
+        monkeypatch.setattr(fed.driver(run), "_aggregate", lambda _: asyncio.sleep(3600))
+        await fed.train("b")
+        assert fed.driver(run).round.phase is Phase.AGGREGATE
+    async with server(data) as fed:  # AGGREGATE
+        after = await fed.ended(run)
+        assert (after.state, after.version) == ("completed", 1)
+        assert await weights(fed, run, 1) == [1.5, 2.5]
+        assert spooled(fed) == 0
+    async with server(data) as fed:
+        assert fed.engine.driver(run.id) is None
+        assert await stored_is_needed(fed)
+
+
+async def test_a_deadline_that_passed_while_the_server_was_down_leaves_a_term(data: Path):
+    async with server(data) as fed:
+        await fed.import_model()
+        await fed.join("a", "b")
+        run = await fed.create(cohort={"min_clients": 2, "deadline": 0.5}, **QUIET)
+        await fed.train("a")
+    await asyncio.sleep(0.6)
+    async with server(data) as fed:
+        await asyncio.sleep(0.5)  # the clock has ticked
+        await fed.join("b")
+        await fed.train("b")
+        assert (await fed.ended(run)).version == 1
+
+
+async def test_updates_of_a_round_that_ended_just_before_a_crash_are_deleted(data: Path, monkeypatch):
+    async with server(data) as fed:
+        await fed.import_model()
+        await fed.join("a")
+        run = await fed.create(rounds=2, **ONE, **QUIET)
+        monkeypatch.setattr(fed.driver(run), "_drop_updates", lambda _: asyncio.sleep(3600))
+        await fed.train("a")
+        await fed.version(run, 1)
+        assert spooled(fed) == 2
+    async with server(data) as fed:
+        assert spooled(fed) == 0
+        assert fed.driver(run).round.number == 2
+
+
+async def test_an_update_lost_with_the_power_is_asked_for_until_it_is_there(data: Path):
+    async with server(data) as fed:
+        await fed.import_model()
+        await fed.join("a", "b")
+        run = await fed.create(**TWO, **QUIET)
+        await fed.train("a")
+        token = fed.polls["a"][0]
+        for upload_id in fed.spool.ids():
+            fed.spool.path(upload_id).write_bytes(b"")
+        await fed.database.run(lambda c: model_queries.set_meta(c, "boot_id", "another boot"))
+    # The machine comes up, and the server is killed once more before the site has come back.
+    for _ in range(2):
+        async with server(data) as fed:
+            assert [t.state for t in await fed.tasks(run)] == ["pending", "pending"]
+            task = await fed.parts.board.poll("a", {token}, 0.0)
+            assert task is not None
+            assert task.token == token
+    async with server(data) as fed:
+        await fed.join("a", "b")
+        await fed.train("a", "b")
+        assert (await fed.ended(run)).version == 1
+        assert [t.reason for t in await fed.tasks(run)] == ["", ""]
+
+
+async def test_a_run_that_waits_for_an_evaluation_waits_on_after_a_restart(data: Path):
+    async with server(data) as fed:
+        await fed.import_model()
+        await fed.join("a")
+        run = await fed.create(**ONE)
+        await evaluate(fed, 0, a=0.1)
+        await fed.train("a")
+        await fed.until(lambda: fed.driver(run).row.state == "finishing", "finishing")
+    async with server(data) as fed:
+        assert "evaluation" in fed.driver(run).waiting()
+        await fed.join("a")
+        await evaluate(fed, 1, a=0.7)
+        after = await fed.ended(run)
+        assert (after.state, after.best_version) == ("completed", 1)
