@@ -26,6 +26,7 @@ from fedlink.errors import FedlinkError, Reason
 AUTHORITY_DAYS = 3650
 """How long a new authority is good for."""
 _CLOCK_SLACK = dt.timedelta(minutes=5)
+_MAX_COMMON_NAME = 64
 
 
 class Authority:
@@ -45,8 +46,10 @@ class Authority:
         """Make the authority, and an empty revocation list.
 
         Raises:
-            FedlinkError: BAD_CONFIG if there is one already, or the directory cannot be written.
+            FedlinkError: BAD_CONFIG if there is one already, the name is too long, or the directory cannot be written.
         """
+        if not 0 < len(name) <= _MAX_COMMON_NAME:
+            raise FedlinkError(Reason.BAD_CONFIG, f"an authority's name has 1 to {_MAX_COMMON_NAME} characters")
         if self._key.exists() or self.certificate.exists():
             text = (
                 f"{self.directory} holds an authority already; a new one would make every certificate of it worthless"
@@ -75,7 +78,9 @@ class Authority:
             FedlinkError: BAD_CONFIG if there is no authority here, or a host is neither name nor address.
         """
         names = x509.SubjectAlternativeName([_general_name(host) for host in hosts])
-        return self._issue(self.directory / "server.crt", hosts[0], days, ExtendedKeyUsageOID.SERVER_AUTH, names)
+        # Only the list of names counts for hosts; a common name is for people, and has 64 characters at most.
+        name = hosts[0] if len(hosts[0]) <= _MAX_COMMON_NAME else "server"
+        return self._issue(self.directory / "server.crt", name, days, ExtendedKeyUsageOID.SERVER_AUTH, names)
 
     def issue_site(self, name: str, days: int) -> Path:
         """Make a site's certificate, in place of a former one; returns its path.
@@ -95,7 +100,7 @@ class Authority:
         """Put a certificate on the revocation list.
 
         Raises:
-            FedlinkError: BAD_CONFIG if it is no certificate of this authority, or is on the list.
+            FedlinkError: BAD_CONFIG if it is no certificate of this authority, or is on the list, or the list is lost.
         """
         issuer, key = self._load()
         try:
@@ -106,7 +111,7 @@ class Authority:
         except Exception as e:  # noqa: BLE001 - a foreign signature has many exceptions, and one meaning
             text = f"{file} is not a certificate of the authority in {self.directory}: {e or type(e).__name__}"
             raise FedlinkError(Reason.BAD_CONFIG, text) from None
-        known = list(x509.load_pem_x509_crl(self.revocations.read_bytes()))
+        known = self._revoked()
         if any(entry.serial_number == certificate.serial_number for entry in known):
             raise FedlinkError(Reason.BAD_CONFIG, f"{file} is revoked already")
         entry = x509.RevokedCertificateBuilder(certificate.serial_number, dt.datetime.now(dt.UTC)).build()
@@ -140,6 +145,13 @@ class Authority:
         if not isinstance(key, ec.EllipticCurvePrivateKey):
             raise FedlinkError(Reason.BAD_CONFIG, f"{self._key} is not a key that this command made")
         return certificate, key
+
+    def _revoked(self) -> list[x509.RevokedCertificate]:
+        try:
+            return list(x509.load_pem_x509_crl(self.revocations.read_bytes()))
+        except (OSError, ValueError):
+            text = f"{self.revocations} cannot be read; put a copy back, for a new list would forget what was revoked"
+            raise FedlinkError(Reason.BAD_CONFIG, text) from None
 
     def _write_revocations(
         self, issuer: x509.Certificate, key: ec.EllipticCurvePrivateKey, entries: list[x509.RevokedCertificate]

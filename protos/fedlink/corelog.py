@@ -28,6 +28,7 @@ _CAUSES = (
     (b"self signed certificate", "its certificate is signed by itself, not by a CA in tls.client_ca"),
     (b"self-signed certificate", "its certificate is signed by itself, not by a CA in tls.client_ca"),
     (b"certificate signature failure", "its certificate is not signed by a CA in tls.client_ca"),
+    (b"certificate purpose", "its certificate is not one for clients"),
     (b"CERTIFICATE_VERIFY_FAILED", "its certificate does not verify"),
     (b"PEER_DID_NOT_RETURN_A_CERTIFICATE", "it showed no certificate; tls.client_ca asks every site for one"),
     (b"ALERT", "it does not trust this server's certificate"),

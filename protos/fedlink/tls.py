@@ -32,7 +32,7 @@ PROBE_SECONDS = 3.0
 """How long a handshake made for a diagnosis may take."""
 
 _AGAIN_AFTER = 0.5
-_EXPIRED, _NOT_YET_VALID, _WRONG_HOST, _WRONG_ADDRESS = 10, 9, 62, 64
+_EXPIRED, _NOT_YET_VALID, _WRONG_PURPOSE, _WRONG_HOST, _WRONG_ADDRESS = 10, 9, 26, 62, 64
 _HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 
 
@@ -173,6 +173,11 @@ def _why_distrusted(address: str, tls: ClientTls, error: ssl.SSLCertVerification
             f"the certificate of the server at {address} is for {names} and not for {host}; "
             "set server (or tls.server_name) in site.toml to a name it is for"
         )
+    if facts and error.verify_code == _WRONG_PURPOSE:
+        return (
+            f"the server at {address} shows the certificate of {facts.common_name!r}, which is not one for servers; "
+            "its operator took a wrong file, or somebody else answers in its place"
+        )
     issuer = f"by {facts.issuer!r}, " if facts else ""
     return (
         f"the certificate of the server at {address} is signed {issuer}not by a CA in {tls.ca or 'the public list'} "
@@ -190,8 +195,8 @@ def _why_refused(address: str, tls: ClientTls) -> str:
     if trouble := own.trouble():
         return f"the server at {address} refuses this site's certificate: it {trouble}; ask its operator for a new one"
     return (
-        f"the server at {address} refuses this site's certificate: {own.issuer!r}, which signed it, "
-        "is not a CA that the server takes (its tls.client_ca), or its clock says that the certificate is not valid"
+        f"the server at {address} refuses this site's certificate: {own.issuer!r}, which signed it, is not a CA that "
+        "the server takes (its tls.client_ca), or the certificate is not one for clients, or not valid by its clock"
     )
 
 
@@ -233,7 +238,10 @@ def _unverified(tls: ClientTls) -> ssl.SSLContext:
 
 
 def _context(tls: ClientTls) -> ssl.SSLContext:
-    return _dressed(ssl.create_default_context(cafile=tls.ca or _system_ca()), tls)
+    context = ssl.create_default_context(cafile=tls.ca or _system_ca())
+    # Set by default from Python 3.13 on, and stricter than gRPC: it refuses what `openssl req -x509` makes.
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    return _dressed(context, tls)
 
 
 def _dressed(context: ssl.SSLContext, tls: ClientTls) -> ssl.SSLContext:

@@ -34,6 +34,7 @@ class Clock:
         (SSL + b"CERTIFICATE_VERIFY_FAILED: unable to get local issuer certificate", "not signed by a CA"),
         (SSL + b"CERTIFICATE_VERIFY_FAILED: self signed certificate in certificate chain", "signed by itself"),
         (SSL + b"CERTIFICATE_VERIFY_FAILED: self-signed certificate", "signed by itself"),
+        (SSL + b"CERTIFICATE_VERIFY_FAILED: unsupported certificate purpose", "is not one for clients"),
         (SSL + b"CERTIFICATE_VERIFY_FAILED: something quite new", "does not verify"),
         (SSL + b"PEER_DID_NOT_RETURN_A_CERTIFICATE", "showed no certificate"),
         (SSL + b"TLSV1_ALERT_UNKNOWN_CA", "does not trust this server's certificate"),
