@@ -16,9 +16,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -174,56 +174,50 @@ def federate(engine: Engine, root: Path, init: bytes, *, kill: bool) -> list[dic
     return [e["data"] for e in map(json.loads, events) if e["kind"] == "version_evaluated"]
 
 
-class killing(contextlib.AbstractContextManager[None]):  # noqa: N801 - used as a verb
-    """Kill a site and then the server while a round is open, beside whatever the context does.
+@contextlib.contextmanager
+def killing(engine: Engine) -> Iterator[None]:
+    """Kill a site and the server in the middle of whatever the context does.
 
     Raises:
-        EngineError: it did not come to that; then nothing is proven.
+        EngineError: it did not come to that, so nothing is proven.
     """
+    with ThreadPoolExecutor(1) as thread:
+        struck = thread.submit(strike, engine)
+        yield
+        struck.result()
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._thread = threading.Thread(target=self._strike)
-        self._trouble: Exception | None = None
 
-    def __enter__(self) -> None:
-        """Begin."""
-        self._thread.start()
+def strike(engine: Engine) -> None:
+    """Kill a site and then the server while a round is open, and see that both come back.
 
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        """See that it was done."""
-        self._thread.join()
-        if self._trouble and error is None:
-            raise EngineError(f"the kill did not work out: {self._trouble}")
+    Raises:
+        EngineError: there was no open round.
+    """
+    deadline = time.monotonic() + START_SECONDS
+    while not rounds(engine, "committed"):
+        if time.monotonic() > deadline:
+            raise EngineError(f"no round was committed within {START_SECONDS:g} s")
+        time.sleep(STEP_SECONDS)
+    engine.kill(VICTIM)
+    try:
+        # Every site is needed for a round, so this one cannot end before the site is back.
+        found = rounds(engine, "collect")
+        if not found:
+            raise EngineError("the run was over before anything could be killed")
+        engine.kill("server")
+        print(f"killed the containers of {VICTIM} and the server in round {found[0]}", flush=True)
+    finally:
+        for service in ("server", VICTIM):
+            print(f"{service} runs again, started {engine.back(service)}", flush=True)
 
-    def _strike(self) -> None:
-        try:
-            self._wait_for_version(1)
-            self._engine.kill(VICTIM)
-            # Every site is needed for a round, so this one cannot end before the site is back.
-            number = self._open_round()
-            self._engine.kill("server")
-            print(f"\nkilled {VICTIM} and the server with SIGKILL in round {number}", flush=True)
-            for service in ("server", VICTIM):
-                print(f"{service} started again {self._engine.back(service)}", flush=True)
-        except Exception as e:  # noqa: BLE001 - told by the main thread
-            self._trouble = e
 
-    def _wait_for_version(self, version: int) -> None:
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline:
-            with contextlib.suppress(EngineError):
-                if json.loads(operate(self._engine, ["run", "show", RUN, "--json"], quiet=True))["version"] >= version:
-                    return
-            time.sleep(STEP_SECONDS)
-        raise EngineError(f"no version {version} within {START_SECONDS:g} s")
-
-    def _open_round(self) -> int:
-        rounds = json.loads(operate(self._engine, ["round", "list", RUN, "--json"], quiet=True))
-        newest = max(rounds, key=lambda r: int(r["number"]))
-        if newest["state"] in ("committed", "failed"):
-            raise EngineError("no round was open")
-        return int(newest["number"])
+def rounds(engine: Engine, phase: str) -> list[int]:
+    """The numbers of the run's rounds in a phase; none as long as there is no run."""
+    try:
+        listed = json.loads(operate(engine, ["round", "list", RUN, "--json"], quiet=True))
+    except EngineError:
+        return []
+    return [r["number"] for r in listed if r["phase"] == phase]
 
 
 def train_alone(engine: Engine, root: Path, name: str, train: Sequence[str], init: bytes) -> list[float]:

@@ -130,7 +130,7 @@ class Engine:
         self._output([self.name, "kill", "--signal=KILL", self.container(service)])
 
     def back(self, service: str) -> str:
-        """See that a killed container runs again; returns who started it."""
+        """See that a container runs, as it should after a kill; returns how it came to."""
         deadline = time.monotonic() + _STARTED_BY_POLICY_SECONDS
         while time.monotonic() < deadline:
             if self.running(service):
