@@ -20,7 +20,6 @@ from sqlalchemy import Connection
 
 from fedlink import log as logs
 from fedlink.errors import FedlinkError, Reason
-from fedserver.rounds.explain import Doing, RunView, explain
 from fedserver.rounds.machine import step
 from fedserver.rounds.model import (
     Action,
@@ -28,7 +27,6 @@ from fedserver.rounds.model import (
     Aggregated,
     AggregationFailed,
     CloseRequested,
-    Entry,
     Event,
     Fail,
     IssueTasks,
@@ -40,8 +38,7 @@ from fedserver.rounds.model import (
     TaskState,
     Tick,
 )
-from fedserver.rounds.selection import refusal
-from fedserver.runtime import records
+from fedserver.runtime import outlook, records
 from fedserver.runtime.board import OpenTask, TaskBoard
 from fedserver.runtime.evaluations import Evaluations
 from fedserver.runtime.events import EventFeed
@@ -52,7 +49,7 @@ from fedserver.runtime.whole import whole
 from fedserver.store.database import Database
 from fedserver.store.queries import runs as q
 from fedserver.store.queries import tasks as task_queries
-from fedserver.store.rows import RoundRow, RunRow, TaskRow
+from fedserver.store.rows import RunRow, TaskRow
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -127,7 +124,7 @@ class RunDriver:
                 number, attempt = found.number, found.attempt
                 tasks = await self._db.run(lambda c: task_queries.round_tasks(c, self.row.id, number, attempt))
                 # Sites that lost the server with it get a term to come back in.
-                self.round = _restored(self.row, found, tasks, not_before=time.time() + self._board.lease_term)
+                self.round = outlook.restored(self.row, found, tasks, not_before=time.time() + self._board.lease_term)
                 if self.round.phase is Phase.AGGREGATE:
                     self._begin_aggregation()
         await self.sites_changed()
@@ -500,50 +497,8 @@ class RunDriver:
 
     def eligible(self, ability: str = "") -> tuple[list[str], dict[str, str]]:
         """Connected sites that can take part, and why others cannot."""
-        wanted = ability or ("gradient" if self._spec.strategy == "fedsgd" else "train")
-        if wanted == "evaluate" and not self._spec.evaluation.enabled:
-            return [], {}
-        run, workload, settings = self.row.name, self._spec.workload, self._spec.settings
-        verdicts = {
-            name: refusal(offers, run=run, workload=workload, ability=wanted, settings=settings)
-            for name, offers in self._parts.sites.offers().items()
-        }
-        fine = sorted(name for name, why in verdicts.items() if why is None)
-        return fine, {name: why for name, why in verdicts.items() if why is not None}
+        return outlook.eligible(self.row, self._parts.sites, ability)
 
     def waiting(self) -> str:
         """One sentence: what the run waits for; empty if for nothing."""
-        now = time.time()
-        eligible, refusals = self.eligible()
-        # Training last, so that it is what is told of a site that has both kinds open.
-        tasks = sorted(self._board.of_run(self.row.id), key=lambda t: t.row.kind)
-        awaited = self._evaluations.states(self.row.version) if self.round is None else {}
-        return explain(
-            RunView(
-                state=self.row.state,
-                workload=self._spec.workload,
-                round=self.round,
-                now=now,
-                eligible=frozenset(eligible),
-                refusals=refusals,
-                doing={t.client: _doing(t, now) for t in tasks},
-                evaluation=awaited,
-                evaluation_seconds_left=self._evaluations.seconds_left(self.row.version),
-            )
-        )
-
-
-def _doing(task: OpenTask, now: float) -> Doing:
-    since = task.heard if task.state is TaskState.AWAY else task.since
-    return Doing(task.activity, task.done, task.total, now - since, task.held_back)
-
-
-def _restored(run: RunRow, found: RoundRow, tasks: Sequence[TaskRow], *, not_before: float) -> Round:
-    spec = run.parsed
-    deadline = None if found.deadline_at is None else max(found.deadline_at, not_before)
-    entries: dict[str, Entry] = {}
-    for t in tasks:  # in order of attempt, so the newest stays
-        state = TaskState(t.state)
-        entries[t.client] = Entry(state if state.final else TaskState.RUNNING, t.attempt)
-    base = Round(run.name, found.number, found.attempt, spec.cohort, spec.seed)
-    return replace(base, phase=Phase(found.phase), tasks=entries, deadline_at=deadline, reason=found.reason)
+        return outlook.waiting(self.row, self.round, self._parts.sites, self._board, self._evaluations)
