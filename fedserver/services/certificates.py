@@ -8,9 +8,10 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 
 import grpc
+from cryptography import x509
 
 from fedlink import log as logs
-from fedlink.certificates import CertificateFacts, facts_of_pem, read_authorities, read_pair, read_revoked
+from fedlink.certificates import CertificateFacts, facts_of, read_authorities, read_pair, read_revoked
 from fedlink.errors import FedlinkError, Reason
 from fedserver.settings import TlsSettings
 
@@ -34,7 +35,7 @@ class Certificates:
         self._log = logs.get("tls")
         self._lock = threading.Lock()
         self._stamp = self._look()
-        self._clients: OrderedDict[bytes, CertificateFacts] = OrderedDict()
+        self._clients: OrderedDict[bytes, tuple[CertificateFacts, ...]] = OrderedDict()
         self._load()
 
     def _load(self) -> None:
@@ -92,7 +93,7 @@ class Certificates:
         pem = next(iter(peer.get("x509_pem_cert", ())), b"")
         if not pem:
             raise FedlinkError(Reason.BAD_CREDENTIALS, "this server asks every client for a certificate")
-        facts = self._facts(pem)
+        facts, *signers = self._facts(pem, b"".join(peer.get("x509_pem_cert_chain", ())))
         whose = f"the certificate of {facts.common_name or 'a client without a name'!r}"
         if trouble := facts.trouble():
             raise FedlinkError(Reason.BAD_CREDENTIALS, f"{whose} {trouble}; ask the server's operator for a new one")
@@ -102,12 +103,20 @@ class Certificates:
                 Reason.BAD_CREDENTIALS,
                 f"{whose}, serial number {facts.serial:x}, was revoked; ask the server's operator for a new one",
             )
+        for signer in signers:
+            if (signer.issuer_bytes, signer.serial) in self._revoked:
+                raise FedlinkError(
+                    Reason.BAD_CREDENTIALS,
+                    f"{whose} comes from a CA whose own certificate, serial number {signer.serial:x}, was revoked; "
+                    "ask the server's operator for a new one",
+                )
         return facts.common_name
 
-    def _facts(self, pem: bytes) -> CertificateFacts:
-        facts = self._clients.get(pem)
+    def _facts(self, pem: bytes, chain: bytes) -> tuple[CertificateFacts, ...]:
+        facts = self._clients.get(pem + chain)
         if facts is None:
-            facts = self._clients[pem] = facts_of_pem(pem)
+            found = tuple(facts_of(c) for c in x509.load_pem_x509_certificates(pem + b"\n" + chain))
+            facts = self._clients[pem + chain] = found
             if len(self._clients) > _KNOWN:
                 self._clients.popitem(last=False)
         return facts

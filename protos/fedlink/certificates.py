@@ -72,15 +72,6 @@ def facts_of(certificate: x509.Certificate) -> CertificateFacts:
     )
 
 
-def facts_of_pem(pem: bytes) -> CertificateFacts:
-    """The facts of the first certificate in PEM text.
-
-    Raises:
-        ValueError: it is none.
-    """
-    return facts_of(x509.load_pem_x509_certificates(pem)[0])
-
-
 def certificate_facts(path: Path) -> CertificateFacts:
     """The facts of the first certificate in a file.
 

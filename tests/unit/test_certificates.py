@@ -394,3 +394,19 @@ def test_who_a_certificate_is(ours: Pki, other: Pki) -> None:
         ours.write("revoked.crl", b"junk")
     with pytest.raises(FedlinkError, match="was revoked"):
         name(bad)
+
+
+def test_a_ca_between_that_was_taken_back(tmp_path: Path) -> None:
+    root = Pki(tmp_path / "root")
+    between = Pki(tmp_path / "between", parent=root)
+    certificate, key = pair(root.leaf("server", "127.0.0.1"))
+    found = Certificates(TlsSettings(certificate=certificate, key=key, client_ca=root.ca, revoked=root.revoked))
+    leaf, *chain = Path(between.leaf("ada")["certificate"]).read_bytes().split(b"-----BEGIN")[1:]
+    assert chain
+    peer = {"x509_pem_cert": [b"-----BEGIN" + leaf], "x509_pem_cert_chain": [b"-----BEGIN" + c for c in chain]}
+    assert found.client_name(peer) == "ada"
+    root.revoke({"certificate": str(between.ca)})
+    with pytest.raises(
+        FedlinkError, match=r"'ada' comes from a CA whose own certificate, serial number .* was revoked"
+    ):
+        found.client_name(peer)
