@@ -497,8 +497,8 @@ class RunDriver:
 
     def eligible(self, ability: str = "") -> tuple[list[str], dict[str, str]]:
         """Connected sites that can take part, and why others cannot."""
-        return outlook.eligible(self.row, self._parts.sites, ability)
+        return outlook.eligible(self.row.name, self._spec, self._parts.sites, ability)
 
     def waiting(self) -> str:
         """One sentence: what the run waits for; empty if for nothing."""
-        return outlook.waiting(self.row, self.round, self._parts.sites, self._board, self._evaluations)
+        return outlook.waiting(self.row, self._spec, self.round, self._parts.sites, self._board, self._evaluations)

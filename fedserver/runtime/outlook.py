@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+from fedlink.run_file import RunSpec
 from fedserver.rounds.explain import Doing, RunView, explain
 from fedserver.rounds.model import Entry, Phase, Round, TaskState
 from fedserver.rounds.selection import refusal
@@ -15,36 +16,38 @@ from fedserver.runtime.sites import SiteRegistry
 from fedserver.store.rows import RoundRow, RunRow, TaskRow
 
 
-def eligible(run: RunRow, sites: SiteRegistry, ability: str = "") -> tuple[list[str], dict[str, str]]:
+def eligible(run: str, spec: RunSpec, sites: SiteRegistry, ability: str = "") -> tuple[list[str], dict[str, str]]:
     """Connected sites that can take part in a run, and why others cannot.
 
     Args:
-        run: the run.
+        run: its name.
+        spec: its run file.
         sites: every site.
         ability: "evaluate"; by default what the run's strategy trains with.
     """
-    spec = run.parsed
     wanted = ability or ("gradient" if spec.strategy == "fedsgd" else "train")
     if wanted == "evaluate" and not spec.evaluation.enabled:
         return [], {}
     verdicts = {
-        name: refusal(offers, run=run.name, workload=spec.workload, ability=wanted, settings=spec.settings)
+        name: refusal(offers, run=run, workload=spec.workload, ability=wanted, settings=spec.settings)
         for name, offers in sites.offers().items()
     }
     fine = sorted(name for name, why in verdicts.items() if why is None)
     return fine, {name: why for name, why in verdicts.items() if why is not None}
 
 
-def waiting(run: RunRow, current: Round | None, sites: SiteRegistry, board: TaskBoard, evaluations: Evaluations) -> str:
+def waiting(
+    run: RunRow, spec: RunSpec, current: Round | None, sites: SiteRegistry, board: TaskBoard, evaluations: Evaluations
+) -> str:
     """One sentence: what a run waits for; empty if for nothing."""
     now = time.time()
-    fine, refusals = eligible(run, sites)
+    fine, refusals = eligible(run.name, spec, sites)
     # Training last, so that it is what is told of a site that has both kinds open.
     tasks = sorted(board.of_run(run.id), key=lambda t: t.row.kind)
     return explain(
         RunView(
             state=run.state,
-            workload=run.parsed.workload,
+            workload=spec.workload,
             round=current,
             now=now,
             eligible=frozenset(fine),
