@@ -51,8 +51,8 @@ def test_every_number_of_a_round(place: Path) -> None:
     assert result["disk_by_round"][-1] == result["disk_bytes"]
     assert max(result["disk_peak_by_round"]) > result["disk_bytes"]
 
-    # The server holds no model, and malloc keeps little of what went through it.
-    assert 50e6 < result["server_peak_rss_bytes"] < 210e6
+    # Python and the libraries alone are some 100 MB.
+    assert 50e6 < result["server_peak_rss_bytes"] < 300e6
     assert 40e6 < result["client_peak_rss_bytes"] < 200e6
     assert nbytes < result["trainer_peak_rss_bytes"] < 4 * nbytes
 
