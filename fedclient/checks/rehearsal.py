@@ -102,7 +102,8 @@ def _timed(name: str, result: Result) -> Finding:
     memory = f"{result.memory_bytes / 1e6:.0f} MB of memory at most"
     if result.device_memory_bytes:
         memory += f", {result.device_memory_bytes / 1e6:.0f} MB of the device's"
-    found = f"{name}: {what} in {result.compute_seconds:.3g} s{each}, {result.num_examples} examples, {memory}"
+    took = f"{what} in {result.compute_seconds:.3g} s{each}, first-time work included"
+    found = f"{name}: {took}; {result.num_examples} examples; {memory}"
     if not result.num_examples:
         return warning(found, "Updates without examples do not count: set ctx.num_examples, or look at the data.")
     return ok(found)

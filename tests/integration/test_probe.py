@@ -11,11 +11,14 @@ import grpc
 import grpc.aio
 import pytest
 
+from fedclient.checks import Examination, bandwidth
+from fedclient.settings import SiteSettings, WorkloadSettings
 from fedlink import rpc
 from fedlink.blobs import CHUNK_SIZE, MAX_PROBE_BYTES
 from fedlink.errors import Reason
 from fedlink.v1 import blob_service_pb2 as pb
 from fedlink.v1 import blob_service_pb2_grpc as pb_grpc
+from fedlink.v1.coordination_service_pb2 import GetServerInfoResponse
 from fedserver.app import running
 from fedserver.services import probe
 from fedserver.services.admission import Admission, BulkLimits
@@ -105,6 +108,26 @@ async def test_a_sender_that_stands_still_loses_its_place(
     call = stub.ProbeUpload(metadata=as_client("a")())
     await call.write(pb.ProbeUploadRequest(payload=bytes(9)))
     assert (await asyncio.wait_for(call, 10)).received == 9
+
+
+@pytest.mark.parametrize(("streams", "outcome"), [(1, "ok"), (0, "skipped")])
+async def test_the_doctor_measures_or_comes_back_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streams: int, outcome: str
+) -> None:
+    monkeypatch.setattr(bandwidth, "_BUSY_TRIES", 2)
+    server = grpc.aio.server(options=rpc.server_options())
+    limits = BulkLimits(streams=streams, streams_per_caller=1)
+    ProbeServicer(identify=identify, admission=Admission(limits)).add_to_server(server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    workload = {"w": WorkloadSettings(trainer="m:C")}
+    site = SiteSettings(name="ada", server=f"127.0.0.1:{port}", state_dir=tmp_path / "state", workload=workload)
+    async with Examination(site, tmp_path / "site.toml") as visit:
+        visit.server = GetServerInfoResponse(features=["probe"])
+        found = await bandwidth.check_bandwidth(visit)
+    await server.stop(None)
+    assert found.outcome.value == outcome, found
+    assert ("MB/s down" in found.found) is (outcome == "ok")
 
 
 async def test_beside_a_session_that_stays_as_it_is(tmp_path: Path) -> None:

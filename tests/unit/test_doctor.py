@@ -261,7 +261,9 @@ def test_what_looks_like_a_path_in_a_data_table(tmp_path: Path, table: dict[str,
 
 def test_what_a_step_took() -> None:
     one = Result(9, 1, {}, 0.5, memory_bytes=3_000_000)
-    assert _timed("w", one).found == "w: one step in 0.5 s, 9 examples, 3 MB of memory at most"
+    assert (
+        _timed("w", one).found == "w: one step in 0.5 s, first-time work included; 9 examples; 3 MB of memory at most"
+    )
     assert "0.25 s a step" in _timed("w", replace(one, steps=2)).found
     assert "7 MB of the device's" in _timed("w", replace(one, device_memory_bytes=7_000_000)).found
     assert _timed("w", replace(one, num_examples=0)).outcome is Outcome.WARNING
