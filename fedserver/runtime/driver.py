@@ -501,4 +501,11 @@ class RunDriver:
 
     def waiting(self) -> str:
         """One sentence: what the run waits for; empty if for nothing."""
-        return outlook.waiting(self.row, self._spec, self.round, self._parts.sites, self._board, self._evaluations)
+        return outlook.waiting(
+            self.row,
+            self._spec,
+            self.round,
+            sites=self._parts.sites,
+            board=self._board,
+            evaluations=self._evaluations,
+        )

@@ -37,7 +37,13 @@ def eligible(run: str, spec: RunSpec, sites: SiteRegistry, ability: str = "") ->
 
 
 def waiting(
-    run: RunRow, spec: RunSpec, current: Round | None, sites: SiteRegistry, board: TaskBoard, evaluations: Evaluations
+    run: RunRow,
+    spec: RunSpec,
+    current: Round | None,
+    *,
+    sites: SiteRegistry,
+    board: TaskBoard,
+    evaluations: Evaluations,
 ) -> str:
     """One sentence: what a run waits for; empty if for nothing."""
     now = time.time()
