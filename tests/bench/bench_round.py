@@ -14,6 +14,7 @@ import json
 import os
 import queue
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -341,6 +342,9 @@ def main() -> int:
     parser.add_argument("--dir", type=Path, default=REPOSITORY / ".bench", help="on a disk; 4 + 3 CLIENTS models large")
     parser.add_argument("--keep", action="store_true", help="leave everything in the directory")
     given = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # Whatever ends it, its processes end too.
+        signal.signal(number, signal.default_int_handler)
     try:
         result = bench(
             given.model,
