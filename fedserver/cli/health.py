@@ -8,6 +8,7 @@ import typer
 
 from fedlink.errors import FedlinkError, Reason
 from fedserver.cli.output import DATA_DIR, DataDir, with_admin
+from fedserver.remote import Admin
 
 PATIENCE = 10.0
 """Seconds a server may take to answer; a busy one takes some."""
@@ -16,9 +17,9 @@ PATIENCE = 10.0
 def health(*, data_dir: DataDir = DATA_DIR) -> None:
     """Say whether the server answers operators and takes connections of sites; exit code 0 if so."""
     try:
-        with_admin(data_dir, lambda admin: asyncio.wait_for(admin.healthy(), PATIENCE))
+        with_admin(data_dir, _answers)
         address = (data_dir / "address").read_text(encoding="ascii").strip()
-        asyncio.run(asyncio.wait_for(_connect(address), PATIENCE))
+        asyncio.run(_connect(address))
     except TimeoutError:
         raise FedlinkError(
             Reason.UNREACHABLE, f"the server of {data_dir} does not answer within {PATIENCE:g} s"
@@ -29,11 +30,17 @@ def health(*, data_dir: DataDir = DATA_DIR) -> None:
     typer.echo(f"serving sites at {address}")
 
 
+async def _answers(admin: Admin) -> None:
+    async with asyncio.timeout(PATIENCE):
+        await admin.healthy()
+
+
 async def _connect(address: str) -> None:
     """Open and close a connection where sites are served; what is said there needs a site's credentials."""
     host, _, port = address.rpartition(":")
     # A server that listens on every address is asked on this machine's own.
     own = {"0.0.0.0": "127.0.0.1", "[::]": "::1"}  # noqa: S104
-    _, writer = await asyncio.open_connection(own.get(host, host.strip("[]")), int(port))
-    writer.close()
-    await writer.wait_closed()
+    async with asyncio.timeout(PATIENCE):
+        _, writer = await asyncio.open_connection(own.get(host, host.strip("[]")), int(port))
+        writer.close()
+        await writer.wait_closed()

@@ -168,7 +168,7 @@ async def test_log_is_bounded(trainer, tmp_path, monkeypatch):
 
 
 async def test_hang_is_noticed_and_killed_with_its_children(tmp_path):
-    trainer = make_trainer(make_site(tmp_path / "site", stall_after=1.0))
+    trainer = make_trainer(make_site(tmp_path / "site", stall_after=3.0))
     model = await init(trainer, tmp_path / "model")
     with pytest.raises(TrainerFailed) as caught:
         await train(trainer, model, tmp_path / "bad", settings={"fault": "hang", "child_pid_file": "pids"})
@@ -180,10 +180,10 @@ async def test_hang_is_noticed_and_killed_with_its_children(tmp_path):
 
 
 async def test_slow_but_moving_is_no_stall(tmp_path):
-    trainer = make_trainer(make_site(tmp_path / "site", stall_after=1.0))
+    trainer = make_trainer(make_site(tmp_path / "site", stall_after=3.0))
     model = await init(trainer, tmp_path / "model")
-    result = await train(trainer, model, tmp_path / "u", settings={"steps": 6, "pause": 0.4, "at": -1})
-    assert result.steps == 6
+    result = await train(trainer, model, tmp_path / "u", settings={"steps": 9, "pause": 0.4, "at": -1})
+    assert result.steps == 9
     await trainer.close()
 
 

@@ -52,6 +52,16 @@ def test_causes(line: bytes, words: str) -> None:
         assert words in (cause_of(line + end) or "")
 
 
+def test_a_name_that_a_stranger_asks_for_is_not_passed_on() -> None:
+    line = b"I1123 23:56:11.016871   22239 ssl_transport_security.cc:1] No match found for server name: a {b.\n"
+    script = (
+        "import os\nfrom fedlink.corelog import handshakes_explained\n"
+        f"with handshakes_explained(print):\n    os.write(2, {line!r})\n    os.write(2, b'other\\n')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    assert done.stderr == b"other\n"
+
+
 @given(st.binary())
 def test_other_lines_have_no_cause(line: bytes) -> None:
     assert cause_of(line) is None
