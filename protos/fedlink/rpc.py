@@ -56,6 +56,8 @@ def channel_options() -> list[tuple[str, Any]]:
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.min_reconnect_backoff_ms", 1_000),
         ("grpc.max_reconnect_backoff_ms", 2_000),
+        # A server in a container may come back at another address; by default names are asked for only every 30 s.
+        ("grpc.dns_min_time_between_resolutions_ms", 1_000),
         ("grpc.enable_retries", 0),
     ]
 
