@@ -24,6 +24,7 @@ from google.protobuf.message import Message
 from pydantic import ValidationError
 
 import fedlink
+from fedclient.aside import off_loop
 from fedclient.settings import SiteSettings
 from fedclient.spool import Order, Outcome
 from fedlink import log, rpc
@@ -32,7 +33,7 @@ from fedlink.config import explain
 from fedlink.errors import FedlinkError, Reason
 from fedlink.manifest import ref_from_pb, ref_to_pb
 from fedlink.tensors import Kind
-from fedlink.tls import is_loopback, open_channel, refusal
+from fedlink.tls import host_of, is_loopback, open_channel, proxy_for, refusal
 from fedlink.transfer import Retry
 from fedlink.v1 import coordination_service_pb2 as pb
 from fedlink.v1 import types_pb2 as types_pb
@@ -322,22 +323,37 @@ class Session:
         """Find out whether TLS is why the server cannot be reached.
 
         Before the first registration that is a mistake in the configuration, and ends the daemon.
-        Later it may be a certificate that is being renewed: it is said, and waited for.
+        Later it may be a certificate that is being renewed: it is said, and waited for. If it is our
+        own that was renewed, the daemon ends, for its next start to read it.
 
         Raises:
             FedlinkError: TLS_REFUSED, with the cause.
         """
-        now = asyncio.get_running_loop().time()
-        if error.reason is not Reason.UNREACHABLE or now < self._look_again:
+        clock = asyncio.get_running_loop().time
+        if error.reason is not Reason.UNREACHABLE or clock() < self._look_again:
             return
-        cause = await asyncio.to_thread(refusal, self._site.server, self._tls)
+        if proxy_for(host_of(self._site.server)):
+            return  # what can be seen from here is not what gRPC sees behind the proxy
+        self._look_again = clock() + LOOK_AGAIN_AFTER if self._id else 0.0
+        try:
+            cause = await off_loop(refusal, self._site.server, self._tls)
+            renewed = self._own and not cause and await off_loop(self._renewed)
+        except Exception:  # noqa: BLE001 - whatever a stranger's certificate does to a diagnosis must not end the daemon
+            self._log.debug("could not find out why the server cannot be reached", exc_info=True)
+            return
         if cause and not self._id:
             raise cause
-        if self._id:
-            pause = SAY_AGAIN_AFTER if cause else LOOK_AGAIN_AFTER
-            self._look_again = asyncio.get_running_loop().time() + pause
+        if renewed:
+            text = "this site's certificate was renewed while the daemon ran with the former one: start it again"
+            raise FedlinkError(Reason.TLS_REFUSED, text)
         if cause:
+            self._look_again = clock() + SAY_AGAIN_AFTER
             self._log.error("no connection comes about; trying again until it does", error=cause.message)
+
+    def _renewed(self) -> bool:
+        """Whether another certificate lies on disk by now, and the one in use is no longer valid."""
+        facts = self._tls.check() if self._tls else None
+        return bool(facts and self._own and facts.serial != self._own.serial and self._own.trouble())
 
     async def _once(
         self, method: UnaryUnaryMultiCallable[_Request, _Response], request: _Request, patience: float = CALL_TIMEOUT

@@ -3,6 +3,7 @@
     ca.crt ca.key           the authority; ca.key is worth as much as every site together
     server.crt server.key   for fedserver.toml
     sites/NAME.crt .key     for the site of that name
+    issued/NAME-SERIAL.crt  every certificate a site ever got, for `revoke`
     revoked.crl             what `revoke` has taken back
 
 Keys are P-256 and unencrypted, mode 600; certificates follow RFC 5280.
@@ -41,6 +42,7 @@ class Authority:
         self.certificate = directory / "ca.crt"
         self.revocations = directory / "revoked.crl"
         self._key = directory / "ca.key"
+        self._issued = directory / "issued"
 
     def create(self, name: str) -> None:
         """Make the authority, and an empty revocation list.
@@ -96,26 +98,25 @@ class Authority:
         names = x509.SubjectAlternativeName([x509.DirectoryName(_subject(name))])
         return self._issue(file, name, days, ExtendedKeyUsageOID.CLIENT_AUTH, names)
 
-    def revoke(self, file: Path) -> None:
-        """Put a certificate on the revocation list.
+    def revoke(self, name: str) -> int:
+        """Put every certificate that a site has got so far on the revocation list; returns how many.
 
         Raises:
-            FedlinkError: BAD_CONFIG if it is no certificate of this authority, or is on the list, or the list is lost.
+            FedlinkError: BAD_CONFIG if it has none, or all are on the list, or the list is lost.
         """
         issuer, key = self._load()
-        try:
-            certificate = x509.load_pem_x509_certificate(file.read_bytes())
-            certificate.verify_directly_issued_by(issuer)
-        except OSError as e:
-            raise FedlinkError(Reason.BAD_CONFIG, f"{file} cannot be read: {e.strerror}") from None
-        except Exception as e:  # noqa: BLE001 - a foreign signature has many exceptions, and one meaning
-            text = f"{file} is not a certificate of the authority in {self.directory}: {e or type(e).__name__}"
-            raise FedlinkError(Reason.BAD_CONFIG, text) from None
+        issued = [c for file in sorted(self._issued.glob("*.crt")) if _subject(name) == (c := _read(file)).subject]
         known = self._revoked()
-        if any(entry.serial_number == certificate.serial_number for entry in known):
-            raise FedlinkError(Reason.BAD_CONFIG, f"{file} is revoked already")
-        entry = x509.RevokedCertificateBuilder(certificate.serial_number, dt.datetime.now(dt.UTC)).build()
-        self._write_revocations(issuer, key, [*known, entry])
+        revoked = {entry.serial_number for entry in known}
+        fresh = [c.serial_number for c in issued if c.serial_number not in revoked]
+        if not fresh:
+            what = "is revoked already" if issued else "was ever made here"
+            raise FedlinkError(
+                Reason.BAD_CONFIG, f"{self.directory}: {'every' if issued else 'no'} certificate of {name!r} {what}"
+            )
+        now = dt.datetime.now(dt.UTC)
+        self._write_revocations(issuer, key, [*known, *(x509.RevokedCertificateBuilder(n, now).build() for n in fresh)])
+        return len(fresh)
 
     def _issue(
         self, file: Path, name: str, days: int, purpose: x509.ObjectIdentifier, names: x509.SubjectAlternativeName
@@ -123,7 +124,7 @@ class Authority:
         issuer, issuer_key = self._load()
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = (
-            _builder(_subject(name), issuer.subject, key.public_key(), days)
+            _builder(_subject(name), issuer.subject, key.public_key(), days, issuer.not_valid_after_utc)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_usage(signs=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
@@ -131,17 +132,24 @@ class Authority:
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key()), critical=False)
             .sign(issuer_key, hashes.SHA256())
         )
+        pem = certificate.public_bytes(serialization.Encoding.PEM)
+        if purpose == ExtendedKeyUsageOID.CLIENT_AUTH:
+            # First: nothing may be in use that `revoke` does not know of.
+            _write(self._issued / f"{name}-{certificate.serial_number:x}.crt", pem)
         _write(file.with_suffix(".key"), _private(key), secret=True)
-        _write(file, certificate.public_bytes(serialization.Encoding.PEM))
+        _write(file, pem)
         return file
 
     def _load(self) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+        if not self._key.exists() and not self.certificate.exists():
+            text = f"there is no authority in {self.directory}; `fedserver certificate authority` makes one"
+            raise FedlinkError(Reason.BAD_CONFIG, text)
+        certificate = _read(self.certificate)
         try:
             key = serialization.load_pem_private_key(self._key.read_bytes(), None)
-            certificate = x509.load_pem_x509_certificate(self.certificate.read_bytes())
-        except (OSError, ValueError, TypeError):
-            text = f"there is no authority in {self.directory}; `fedserver certificate authority` makes one"
-            raise FedlinkError(Reason.BAD_CONFIG, text) from None
+        except (OSError, ValueError, TypeError) as e:
+            why = e.strerror if isinstance(e, OSError) else "it is damaged or encrypted"
+            raise FedlinkError(Reason.BAD_CONFIG, f"{self._key} cannot be used: {why}") from None
         if not isinstance(key, ec.EllipticCurvePrivateKey):
             raise FedlinkError(Reason.BAD_CONFIG, f"{self._key} is not a key that this command made")
         return certificate, key
@@ -163,17 +171,26 @@ class Authority:
         _write(self.revocations, builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
 
 
+def _read(file: Path) -> x509.Certificate:
+    try:
+        return x509.load_pem_x509_certificate(file.read_bytes())
+    except (OSError, ValueError) as e:
+        why = e.strerror if isinstance(e, OSError) else "it is no certificate in PEM"
+        raise FedlinkError(Reason.BAD_CONFIG, f"{file} cannot be used: {why}") from None
+
+
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int, latest: dt.datetime | None = None
 ) -> x509.CertificateBuilder:
     now = dt.datetime.now(dt.UTC)
+    end = now + dt.timedelta(days=days)
     return x509.CertificateBuilder(
         subject_name=subject,
         issuer_name=issuer,
         public_key=key,
         serial_number=x509.random_serial_number(),
         not_valid_before=now - _CLOCK_SLACK,
-        not_valid_after=now + dt.timedelta(days=days),
+        not_valid_after=min(end, latest) if latest else end,
     )
 
 
@@ -219,6 +236,8 @@ def _write(path: Path, data: bytes, *, secret: bool = False) -> None:
         new.unlink(missing_ok=True)
         with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if secret else 0o644), "wb") as out:
             out.write(data)
+            out.flush()
+            os.fsync(out.fileno())
         new.rename(path)
     except OSError as e:
         raise FedlinkError(Reason.BAD_CONFIG, f"{path} cannot be written: {e.strerror}") from None

@@ -6,7 +6,8 @@ import importlib.util
 import os
 import sys
 
-from fedclient.checks.examination import Examination, daemon_runs, off_loop
+from fedclient.aside import off_loop
+from fedclient.checks.examination import Examination, daemon_runs
 from fedclient.checks.finding import Finding, failed, ok, together
 from fedclient.session import credentials
 from fedlink.errors import FedlinkError

@@ -9,7 +9,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from fedclient.checks.examination import Examination, off_loop
+from fedclient.aside import off_loop
+from fedclient.checks.examination import Examination
 from fedclient.checks.finding import Finding, failed, ok, warning
 
 _LEAST_FREE = 100_000_000

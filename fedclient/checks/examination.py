@@ -8,23 +8,20 @@ import fcntl
 import os
 import shutil
 import tempfile
-import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Self
 
 import grpc.aio
 
+from fedclient.aside import off_loop
 from fedclient.launch import Description, Trainer
 from fedclient.local_files import LocalModel
 from fedclient.settings import SiteSettings
 from fedlink import rpc
 from fedlink.tls import open_channel
 from fedlink.v1 import coordination_service_pb2 as pb
-
-T = TypeVar("T")
 
 _SCRATCH = "run-"
 _STALE = 86400.0
@@ -106,35 +103,6 @@ class Examination:
         """Let a workload's process go, for its memory."""
         if trainer := self._trainers.pop(workload, None):
             await trainer.close()
-
-
-async def off_loop(work: Callable[..., T], *arguments: Any) -> T:
-    """Do something that may block in a thread of its own, which nobody waits for if it never returns.
-
-    Threads of the event loop's pool would hold up the end of the process; a dead network disk must not.
-    """
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[T] = loop.create_future()
-
-    def settle(result: T | None, error: BaseException | None) -> None:
-        if done.cancelled():
-            return
-        if error is None:
-            done.set_result(result)  # type: ignore[arg-type]
-        else:
-            done.set_exception(error)
-
-    def run() -> None:
-        result, error = None, None
-        try:
-            result = work(*arguments)
-        except Exception as e:  # noqa: BLE001 - raised where it is awaited
-            error = e
-        with contextlib.suppress(RuntimeError):  # the loop is gone, and with it whoever waited
-            loop.call_soon_threadsafe(settle, result, error)
-
-    threading.Thread(target=run, name="fedclient-check", daemon=True).start()
-    return await done
 
 
 def daemon_runs(state_dir: Path) -> bool:

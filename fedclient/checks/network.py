@@ -5,23 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime as dt
-import os
 import socket
 import time
 
-from fedclient.checks.examination import Examination, off_loop
+from fedclient.aside import off_loop
+from fedclient.checks.examination import Examination
 from fedclient.checks.finding import Finding, failed, ok, skipped, together, warning
 from fedlink import tls
 from fedlink.certificates import CertificateFacts, certificate_facts
 from fedlink.errors import FedlinkError, Reason
 
-_PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
-_EXEMPTION_VARIABLES = ("no_grpc_proxy", "no_proxy")
-
 
 async def check_address(visit: Examination) -> Finding:
     """The name resolves, and something listens there."""
-    if proxy := proxy_for(visit.host):
+    if proxy := tls.proxy_for(visit.host):
         return warning(
             f"connections go through the proxy {proxy}, so {visit.site.server} itself was not tried",
             f"If the server cannot be reached, allow {visit.site.server} in the proxy, or name the host in no_proxy.",
@@ -67,7 +64,7 @@ async def check_tls(visit: Examination) -> Finding:
 
 
 async def _unencrypted(visit: Examination) -> Finding:
-    refusal = None if proxy_for(visit.host) else await off_loop(tls.refusal, visit.site.server, None)
+    refusal = None if tls.proxy_for(visit.host) else await off_loop(tls.refusal, visit.site.server, None)
     if refusal:
         return failed(refusal.message, "The CA's certificate comes from the server's operator.")
     if tls.is_loopback(visit.site.server):
@@ -84,7 +81,7 @@ async def _encrypted(visit: Examination, mine: tls.ClientTls) -> Finding:
     except FedlinkError as e:
         return failed(e.message, "Correct [tls] in site.toml, or the file that it names.")
     findings = [_own(own, visit.site.name)] if own else []
-    if proxy_for(visit.host):
+    if tls.proxy_for(visit.host):
         return together([skipped("the server's certificate cannot be looked at through a proxy"), *findings])
     try:
         handshake = await off_loop(tls.probe, visit.site.server, mine)
@@ -94,18 +91,6 @@ async def _encrypted(visit: Examination, mine: tls.ClientTls) -> Finding:
             advice = "Try again; if it stays so, something between here and the server cuts TLS off."
         return together([failed(e.message, advice), *findings])
     return together([_servers(handshake), *findings])
-
-
-def proxy_for(host: str) -> str:
-    """The proxy that gRPC goes through to a host, without user and password; empty if it connects directly."""
-    name = next((v for v in _PROXY_VARIABLES if os.environ.get(v)), None)
-    if name is None:
-        return ""
-    exempt = next((os.environ[v] for v in _EXEMPTION_VARIABLES if os.environ.get(v)), "")
-    if any(host.endswith(suffix.strip()) for suffix in exempt.split(",") if suffix.strip()):
-        return ""
-    address = os.environ[name].rpartition("@")[2].removeprefix("http://").removeprefix("https://")
-    return f"{address} ({name})"
 
 
 def _servers(handshake: tls.Handshake) -> Finding:

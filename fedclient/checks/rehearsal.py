@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedclient.checks.examination import Examination, daemon_runs, off_loop
+from fedclient.aside import off_loop
+from fedclient.checks.examination import Examination, daemon_runs
 from fedclient.checks.finding import Finding, failed, ok, skipped, together, warning
 from fedclient.launch import FailReason, Job, JobKind, Progress, Result, TrainerFailed, Write
 from fedclient.local_files import LocalModel, import_model

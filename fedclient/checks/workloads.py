@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from fedclient.checks.examination import Examination, off_loop
+from fedclient.aside import off_loop
+from fedclient.checks.examination import Examination
 from fedclient.checks.finding import Finding, failed, ok, skipped, together, warning
 from fedclient.launch import Device, TrainerFailed
 from fedclient.policy import Terms

@@ -53,13 +53,17 @@ def site(
 
 
 @app.command()
-def revoke(
-    directory: Directory, certificate: Annotated[Path, typer.Argument(help="The certificate to take back.")]
-) -> None:
-    """Put a certificate on revoked.crl, which the server reads again when it changes (`tls.revoked`)."""
+def revoke(directory: Directory, name: Annotated[str, typer.Argument(help="The site's name.")]) -> None:
+    """Take back every certificate a site has got so far; one made afterwards is good.
+
+    They are put on revoked.crl, which the server reads again when it changes (`tls.revoked`).
+    """
     own = Authority(directory)
-    own.revoke(certificate)
+    count = own.revoke(name)
     typer.echo(own.revocations)
+    typer.echo(
+        f"revoked {count} certificate{'s' if count > 1 else ''} of {name}; copy the list to the server", err=True
+    )
 
 
 def _say(file: Path) -> None:

@@ -110,14 +110,14 @@ class SiteRegistry:
         async with self._changing:
             site = self._sites.get(name)
             by_certificate = self._proof is Proof.CERTIFICATE
-            if site and (by_certificate or site.row.token_hash or site.row.revoked) and not rotate:
+            if site and (site.row.token_hash or site.row.revoked) and not rotate:
                 what = "is revoked" if site.row.revoked else "is here" if by_certificate else "has a token"
                 advice = "admit it again" if by_certificate else "replace its token"
                 raise FedlinkError(Reason.CLIENT_EXISTS, f"client {name!r} {what} already; use --rotate to {advice}")
-            token = "" if by_certificate else TOKEN_PREFIX + secrets.token_urlsafe(32)
-            kept = token_hash(token) if token else None
-            await self._save(name, token_hash=kept, revoked=False, session=None, instance_id=None)
-        return token
+            token = TOKEN_PREFIX + secrets.token_urlsafe(32)
+            await self._save(name, token_hash=token_hash(token), revoked=False, session=None, instance_id=None)
+        # With certificates nobody gets to know the token; its hash is the mark of having been admitted.
+        return "" if by_certificate else token
 
     @whole
     async def revoke(self, name: str) -> None:
@@ -138,13 +138,14 @@ class SiteRegistry:
             FedlinkError: BAD_CREDENTIALS if no operator has admitted it, or one has revoked it.
         """
         site = self._sites.get(name)
-        if site is None:
+        if site and site.row.revoked:
+            raise FedlinkError(Reason.BAD_CREDENTIALS, f"client {name!r} was revoked by the server's operator")
+        # A name that was only ever taken on its word, on loopback, counts for nothing here.
+        if site is None or site.row.token_hash is None:
             raise FedlinkError(
                 Reason.BAD_CREDENTIALS,
                 f"client {name!r} is not admitted; the server's operator does that with `fedserver client add {name}`",
             )
-        if site.row.revoked:
-            raise FedlinkError(Reason.BAD_CREDENTIALS, f"client {name!r} was revoked by the server's operator")
         return name
 
     def authenticate(self, name: str, token: str | None) -> str:

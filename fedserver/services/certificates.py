@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 
@@ -17,6 +18,9 @@ from fedserver.settings import TlsSettings
 
 _KNOWN = 10_000
 """Certificates of clients whose facts are kept."""
+_TRY_AGAIN = 5.0
+"""Seconds after which files that could not be used are read once more."""
+_WARN_EVERY = 86_400.0
 _Stamp = tuple[tuple[int, int, int], ...]
 
 
@@ -34,18 +38,25 @@ class Certificates:
         self._tls = tls
         self._log = logs.get("tls")
         self._lock = threading.Lock()
-        self._stamp = self._look()
         self._clients: OrderedDict[bytes, tuple[CertificateFacts, ...]] = OrderedDict()
-        self._load()
+        self._stamp = self._look()
+        self._try_again = self._warn_again = 0.0
+        self._load_pair()
+        self._load_clients()
+        self._configure()
+        self._warn(time.monotonic())
 
-    def _load(self) -> None:
-        chain, key, self.facts = read_pair(self._tls.certificate, self._tls.key)
+    def _load_pair(self) -> None:
+        chain, key, facts = read_pair(self._tls.certificate, self._tls.key)
+        self._pair, self.facts = (key, chain), facts
+
+    def _load_clients(self) -> None:
         authorities = read_authorities(self._tls.client_ca, "tls.client_ca") if self._tls.client_ca else None
         revoked = read_revoked(self._tls.revoked, authorities) if self._tls.revoked and authorities else frozenset()
-        self._configuration = grpc.ssl_server_certificate_configuration([(key, chain)], authorities)
-        self._revoked = revoked
-        if soon := self.facts.ends_soon():
-            self._log.warning(f"the server's certificate {soon}", file=str(self._tls.certificate))
+        self._authorities, self._revoked = authorities, revoked
+
+    def _configure(self) -> None:
+        self._configuration = grpc.ssl_server_certificate_configuration([self._pair], self._authorities)
 
     def credentials(self) -> grpc.ServerCredentials:
         """For the listener; every handshake uses the files as they are then."""
@@ -66,18 +77,34 @@ class Certificates:
         )
 
     def _refresh(self) -> None:
-        """Read the files again if they have changed; what cannot be used is said, and the former stays."""
+        """Read the files again if they have changed; what cannot be used is said, and the former stays.
+
+        The server's own pair and what judges clients are read apart: a key that is being replaced
+        must not keep a revocation from being seen.
+        """
         with self._lock:
-            stamp = self._look()
-            if stamp == self._stamp:
+            now, stamp = time.monotonic(), self._look()
+            self._warn(now)
+            if stamp == self._stamp and not 0 < self._try_again <= now:
                 return
-            self._stamp = stamp
-            try:
-                self._load()
-            except FedlinkError as e:
-                self._log.error("new certificates cannot be used; going on with the former", error=e.message)
-                return
-        self._log.info("certificates read again", ends=self.facts.not_after.isoformat())
+            said, self._stamp, self._try_again = stamp == self._stamp, stamp, 0.0
+            for load in (self._load_pair, self._load_clients):
+                try:
+                    load()
+                except FedlinkError as e:
+                    # A certificate that is not valid yet becomes so without any file changing.
+                    self._try_again = now + _TRY_AGAIN
+                    if not said:
+                        self._log.error("new certificates cannot be used; going on with the former", error=e.message)
+            self._configure()
+            if not self._try_again:
+                self._log.info("certificates read again", ends=self.facts.not_after.isoformat())
+
+    def _warn(self, now: float) -> None:
+        if now >= self._warn_again:
+            self._warn_again = now + _WARN_EVERY
+            if soon := self.facts.ends_soon():
+                self._log.warning(f"the server's certificate {soon}", file=str(self._tls.certificate))
 
     def client_name(self, peer: Mapping[str, Iterable[bytes]]) -> str:
         """Who a client is by the certificate of its connection.
@@ -129,5 +156,5 @@ class Certificates:
             except OSError:
                 stamps.append((0, 0, 0))
             else:
-                stamps.append((found.st_mtime_ns, found.st_size, found.st_ino))
+                stamps.append((found.st_ctime_ns, found.st_size, found.st_ino))
         return tuple(stamps)

@@ -91,6 +91,8 @@ class CoordinationServicer(pb_grpc.CoordinationServiceServicer):
         # With something to let go of, the answer must not wait.
         wait = 0.0 if released or self.draining else min(self._max_poll_wait, _seconds(request.wait))
         task = await self._poll(site, held, wait)
+        # Once more: while the poll was held, the site may have lost its right to be answered.
+        self._identity.site(context)
         response = pb.PollTaskResponse(released_tokens=released)
         if task is not None:
             try:

@@ -161,19 +161,19 @@ def _certificates(path: Path, data: bytes) -> list[x509.Certificate]:
         raise FedlinkError(Reason.BAD_CONFIG, f"{path} is not a certificate in PEM: {e}") from None
 
 
-_CRL_BEGIN, _CRL_END = b"-----BEGIN X509 CRL-----", b"-----END X509 CRL-----"
+_CRL_END = b"-----END X509 CRL-----"
 
 
 def _revocation_lists(path: Path) -> list[x509.CertificateRevocationList]:
     *parts, rest = read_file(path, "revocation list").split(_CRL_END)
-    if _CRL_BEGIN in rest:
+    if not parts:
+        raise FedlinkError(Reason.BAD_CONFIG, f"{path} holds no revocation list in PEM")
+    if rest.strip():
         raise FedlinkError(Reason.BAD_CONFIG, f"{path} is not a revocation list in PEM: it is cut off")
     try:
         lists = [x509.load_pem_x509_crl(part.lstrip() + _CRL_END + b"\n") for part in parts]
     except ValueError as e:
         raise FedlinkError(Reason.BAD_CONFIG, f"{path} is not a revocation list in PEM: {e}") from None
-    if not lists:
-        raise FedlinkError(Reason.BAD_CONFIG, f"{path} holds no revocation list in PEM")
     return lists
 
 

@@ -102,22 +102,34 @@ def handshakes_explained(failed: Callable[[str], None]) -> Iterator[None]:
         os.dup2(terminal, 2)
         for thread in threads:
             thread.join()
-        sys.stderr.close()
+        with contextlib.suppress(OSError):
+            sys.stderr.close()
         sys.stderr = before
         os.close(terminal)
 
 
 def _read(reading: int, terminal: int, causes: queue.SimpleQueue[str | None]) -> None:
-    with os.fdopen(reading, "rb") as lines:
-        for line in lines:
-            cause = cause_of(line)
-            if cause:
-                causes.put(cause)
-            elif not _CHATTER.match(line):
-                os.write(terminal, line)
-    causes.put(None)
+    try:
+        with os.fdopen(reading, "rb") as lines:
+            for line in lines:
+                cause = cause_of(line)
+                if cause:
+                    causes.put(cause)
+                elif not _CHATTER.match(line):
+                    _write(terminal, line)
+    finally:
+        causes.put(None)
+
+
+def _write(terminal: int, line: bytes) -> None:
+    # A disk that is full for a moment, or a reader that is gone, costs the line and nothing else.
+    with contextlib.suppress(OSError):
+        while line:
+            line = line[os.write(terminal, line) :]
 
 
 def _tell(causes: queue.SimpleQueue[str | None], failed: Callable[[str], None]) -> None:
     while (cause := causes.get()) is not None:
-        failed(cause)
+        # Whatever is wrong with telling it, the next one may go better.
+        with contextlib.suppress(Exception):
+            failed(cause)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import ipaddress
+import os
 import socket
 import ssl
 import time
@@ -32,6 +33,8 @@ PROBE_SECONDS = 3.0
 """How long a handshake made for a diagnosis may take."""
 
 _AGAIN_AFTER = 0.5
+_PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
+_EXEMPTION_VARIABLES = ("no_grpc_proxy", "no_proxy")
 _EXPIRED, _NOT_YET_VALID, _WRONG_PURPOSE, _WRONG_HOST, _WRONG_ADDRESS = 10, 9, 26, 62, 64
 _HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 
@@ -80,6 +83,23 @@ def is_loopback(address: str) -> bool:
     return host == "localhost"
 
 
+def proxy_for(host: str) -> str:
+    """The proxy that gRPC goes through to a host, without user and password; empty if it connects directly."""
+    name = next((v for v in _PROXY_VARIABLES if os.environ.get(v)), None)
+    if name is None:
+        return ""
+    exempt = next((os.environ[v] for v in _EXEMPTION_VARIABLES if os.environ.get(v)), "")
+    if any(host.endswith(suffix.strip()) for suffix in exempt.split(",") if suffix.strip()):
+        return ""
+    address = os.environ[name].rpartition("@")[2].removeprefix("http://").removeprefix("https://")
+    return f"{address} ({name})"
+
+
+def host_of(address: str) -> str:
+    """The host in HOST:PORT, without brackets."""
+    return address.rpartition(":")[0].strip("[]")
+
+
 def open_channel(address: str, tls: ClientTls | None, options: Sequence[tuple[str, Any]]) -> grpc.aio.Channel:
     """A channel to a server; unencrypted without `tls`.
 
@@ -99,15 +119,19 @@ def probe(address: str, tls: ClientTls) -> Handshake:
     """Make one handshake and hang up; blocks for a few seconds at most.
 
     Raises:
-        FedlinkError: UNREACHABLE; TLS_REFUSED in a sentence that names the cause, whichever side refuses.
+        FedlinkError: UNREACHABLE; BAD_CONFIG if a file cannot be used; TLS_REFUSED in a sentence that names the
+            cause, whichever side refuses.
     """
     try:
         raw = _connected(address)
-    except OSError as e:
+    except (OSError, UnicodeError) as e:
         raise FedlinkError(Reason.UNREACHABLE, f"{address} cannot be reached: {e}") from None
     with raw:
+        # OpenSSL has no sentences about files, and asks for a pass phrase on the terminal.
+        tls.check()
+        context = _context(tls)
         try:
-            secure = _context(tls).wrap_socket(raw, server_hostname=tls.server_name or _host(address))
+            secure = context.wrap_socket(raw, server_hostname=tls.server_name or host_of(address))
         except ssl.SSLCertVerificationError as e:
             raise FedlinkError(Reason.TLS_REFUSED, _why_distrusted(address, tls, e)) from None
         except OSError as e:
@@ -133,7 +157,7 @@ def refusal(address: str, tls: ClientTls | None) -> FedlinkError | None:
         try:
             probe(address, tls)
         except FedlinkError as e:
-            if e.reason is not Reason.TLS_REFUSED:
+            if e.reason is Reason.UNREACHABLE:
                 return None
             found = e
         else:
@@ -163,7 +187,7 @@ def _goes_on(secure: ssl.SSLSocket) -> bool:
 
 def _why_distrusted(address: str, tls: ClientTls, error: ssl.SSLCertVerificationError) -> str:
     facts = _shown_certificate(address, tls)
-    host = tls.server_name or _host(address)
+    host = tls.server_name or host_of(address)
     if facts and error.verify_code in (_EXPIRED, _NOT_YET_VALID):
         what = facts.trouble() or f"is not valid at this machine's time, {dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M} UTC"
         return f"the certificate of the server at {address} {what}; its operator has to renew it"
@@ -192,8 +216,6 @@ def _why_refused(address: str, tls: ClientTls) -> str:
             "ask its operator for one and name it as tls.certificate and tls.key in site.toml"
         )
     own = certificate_facts(tls.certificate)
-    if trouble := own.trouble():
-        return f"the server at {address} refuses this site's certificate: it {trouble}; ask its operator for a new one"
     return (
         f"the server at {address} refuses this site's certificate: {own.issuer!r}, which signed it, is not a CA that "
         "the server takes (its tls.client_ca), or the certificate is not one for clients, or not valid by its clock"
@@ -215,7 +237,7 @@ def _wants_tls(address: str) -> bool:
 
 
 def _answers_without_tls(address: str) -> bool:
-    with contextlib.suppress(OSError), _connected(address) as raw:
+    with contextlib.suppress(OSError, UnicodeError), _connected(address) as raw:
         raw.sendall(_HTTP2)
         # Length of a SETTINGS frame, its type, no flag but ACK: what a gRPC server says first.
         return raw.recv(4)[3:] == b"\x04"
@@ -225,10 +247,6 @@ def _answers_without_tls(address: str) -> bool:
 def _connected(address: str) -> socket.socket:
     host, _, port = address.rpartition(":")
     return socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_SECONDS)
-
-
-def _host(address: str) -> str:
-    return address.rpartition(":")[0].strip("[]")
 
 
 def _unverified(tls: ClientTls) -> ssl.SSLContext:

@@ -127,7 +127,9 @@ async def test_gradient_is_that_of_the_mean_loss(trainer, tmp_path):
     for name, parameter in net.named_parameters():
         if parameter.requires_grad:
             wanted = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-            assert np.array_equal(found[name], wanted.to(torch.float64 if name == "unused" else torch.float32)), name
+            wanted = wanted.to(torch.float64 if name == "unused" else torch.float32)
+            # To rounding: another process may add in another order, by its threads and by where its memory lies.
+            np.testing.assert_allclose(found[name], wanted, rtol=1e-5, atol=1e-7, err_msg=name)
     assert found["norm.num_batches_tracked"] == 1
 
 

@@ -28,7 +28,6 @@ from fedlink.certificates import certificate_facts, read_pair, read_revoked
 from fedlink.errors import FedlinkError, Reason
 from fedserver.authority import AUTHORITY_DAYS, Authority
 from tests.support.federation import call
-from tests.support.pki import Pki
 
 needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl here")
 
@@ -134,7 +133,7 @@ def test_openssl_agrees(own: Authority) -> None:
     assert openssl(*strict, "-purpose", "sslclient", server).returncode != 0
     listed = (*strict, "-crl_check", "-CRLfile", own.revocations)
     assert openssl(*listed, site).returncode == 0
-    own.revoke(site)
+    own.revoke("ada")
     refused = openssl(*listed, site)
     assert refused.returncode != 0
     assert "revoked" in refused.stderr + refused.stdout
@@ -211,7 +210,7 @@ def test_without_an_authority(tmp_path: Path) -> None:
     for attempt in (
         lambda: authority.issue_server(["a"], 1),
         lambda: authority.issue_site("a", 1),
-        lambda: authority.revoke(tmp_path / "x"),
+        lambda: authority.revoke("x"),
     ):
         with refuses(Reason.BAD_CONFIG, "there is no authority in"):
             attempt()  # type: ignore[no-untyped-call]
@@ -224,43 +223,51 @@ def test_without_an_authority(tmp_path: Path) -> None:
 def test_revoking(own: Authority) -> None:
     ca = own.certificate.read_bytes()
     assert read_revoked(own.revocations, ca) == frozenset()
-    first, second = (own.issue_site(name, 1) for name in ("ada", "bob"))
-    for count, file in enumerate((first, second), 1):
-        own.revoke(file)
-        facts = certificate_facts(file)
+    facts = {name: certificate_facts(own.issue_site(name, 1)) for name in ("ada", "bob", "ada-2")}
+    for count, name in enumerate(("ada", "bob"), 1):
+        assert own.revoke(name) == 1
         revoked = read_revoked(own.revocations, ca)
-        assert (facts.issuer_bytes, facts.serial) in revoked
+        assert (facts[name].issuer_bytes, facts[name].serial) in revoked
         assert len(revoked) == count
     before = own.revocations.read_bytes()
-    with refuses(Reason.BAD_CONFIG, "ada.crt is revoked already"):
-        own.revoke(first)
+    with refuses(Reason.BAD_CONFIG, "every certificate of 'ada' is revoked already"):
+        own.revoke("ada")
     assert own.revocations.read_bytes() == before
     # A new one of the same name is good.
-    facts = certificate_facts(own.issue_site("ada", 1))
-    assert (facts.issuer_bytes, facts.serial) not in read_revoked(own.revocations, ca)
+    new = certificate_facts(own.issue_site("ada", 1))
+    assert (new.issuer_bytes, new.serial) not in read_revoked(own.revocations, ca)
 
 
-def test_revoking_what_is_not_its_own(own: Authority, tmp_path: Path) -> None:
-    stranger, twin = Pki(tmp_path / "stranger"), Authority(tmp_path / "twin")
-    twin.create("Test CA")
-    junk = tmp_path / "junk"
-    junk.write_bytes(b"junk")
+def test_a_former_certificate_is_revoked_with_the_newest(own: Authority) -> None:
+    both = [certificate_facts(own.issue_site("ada", 1)) for _ in range(2)]
+    assert both[0].serial != both[1].serial
+    assert own.revoke("ada") == 2
+    revoked = read_revoked(own.revocations, own.certificate.read_bytes())
+    assert {(f.issuer_bytes, f.serial) for f in both} == revoked
+
+
+def test_revoking_what_was_never_made(own: Authority) -> None:
+    own.issue_server(["a.example"], 1)
     before = own.revocations.read_bytes()
-    for file in (Path(stranger.leaf("ada")["certificate"]), twin.issue_site("ada", 1), junk):
-        with refuses(Reason.BAD_CONFIG, "is not a certificate of the authority in"):
-            own.revoke(file)
-    with refuses(Reason.BAD_CONFIG, "cannot be read: No such file"):
-        own.revoke(tmp_path / "none")
+    for name in ("ada", "a.example"):
+        with refuses(Reason.BAD_CONFIG, f"no certificate of '{name}' was ever made here"):
+            own.revoke(name)
     assert own.revocations.read_bytes() == before
+
+
+def test_no_certificate_outlives_the_authority(own: Authority) -> None:
+    end = certificate_facts(own.certificate).not_after
+    assert certificate_facts(own.issue_site("ada", AUTHORITY_DAYS + 100)).not_after == end
 
 
 def test_a_lost_list_is_not_begun_anew_in_silence(own: Authority) -> None:
-    own.revoke(own.issue_site("ada", 1))
-    bob = own.issue_site("bob", 1)
+    for name in ("ada", "bob"):
+        own.issue_site(name, 1)
+    own.revoke("ada")
     for damage in (own.revocations.unlink, lambda: own.revocations.write_bytes(b"junk")):
         damage()
         with refuses(Reason.BAD_CONFIG, "revoked.crl"):
-            own.revoke(bob)
+            own.revoke("bob")
 
 
 def test_the_commands(tmp_path: Path) -> None:
@@ -271,6 +278,6 @@ def test_the_commands(tmp_path: Path) -> None:
     facts = certificate_facts(pki / "sites" / "bob.crt")
     assert facts.ends_soon().endswith("in 6 days")
     call("fedserver", "certificate", "authority", str(pki), code=2)
-    revoke = ("fedserver", "certificate", "revoke", str(pki), str(pki / "sites" / "ada.crt"))
+    revoke = ("fedserver", "certificate", "revoke", str(pki), "ada")
     assert call(*revoke).stdout.strip() == str(pki / "revoked.crl")
     assert call(*revoke, code=2).stderr.startswith("fedserver: ")

@@ -410,3 +410,35 @@ def test_a_ca_between_that_was_taken_back(tmp_path: Path) -> None:
         FedlinkError, match=r"'ada' comes from a CA whose own certificate, serial number .* was revoked"
     ):
         found.client_name(peer)
+
+
+def test_a_revocation_is_seen_while_the_servers_own_key_cannot_be_used(tmp_path: Path) -> None:
+    ours = Pki(tmp_path / "own")
+    certificate, key = pair(ours.leaf("server", "127.0.0.1"))
+    ada = Path(ours.leaf("ada")["certificate"])
+    found = Certificates(TlsSettings(certificate=certificate, key=key, client_ca=ours.ca, revoked=ours.revoked))
+    peer = {"x509_pem_cert": [ada.read_bytes()]}
+    ends = found.facts.not_after
+    key.chmod(0o604)
+    assert found.client_name(peer) == "ada"
+    ours.revoke({"certificate": str(ada)})
+    with pytest.raises(FedlinkError, match="was revoked"):
+        found.client_name(peer)
+    assert found.facts.not_after == ends
+
+
+def test_files_whose_rights_are_mended_are_read_again(tmp_path: Path) -> None:
+    ours = Pki(tmp_path / "own")
+    certificate, key = pair(ours.leaf("server", "127.0.0.1"))
+    found = Certificates(TlsSettings(certificate=certificate, key=key, client_ca=ours.ca))
+    peer = {"x509_pem_cert": [Path(ours.leaf("ada")["certificate"]).read_bytes()]}
+    before = found.facts.serial
+    new_certificate, new_key = pair(ours.leaf("server", "127.0.0.1", "localhost"))
+    new_key.chmod(0o604)
+    new_key.rename(key)
+    new_certificate.rename(certificate)
+    found.client_name(peer)
+    assert found.facts.serial == before
+    key.chmod(0o600)
+    found.client_name(peer)
+    assert found.facts.serial != before

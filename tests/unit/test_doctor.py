@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
+from fedclient.aside import off_loop
 from fedclient.checks import CHECKS, Check, Examination, Finding, Outcome, disk, examine, finding, network, workloads
 from fedclient.checks.disk import check_disk
-from fedclient.checks.examination import daemon_runs, off_loop
-from fedclient.checks.network import check_tls, proxy_for
+from fedclient.checks.examination import daemon_runs
+from fedclient.checks.network import check_tls
 from fedclient.checks.rehearsal import _files, _timed
 from fedclient.checks.workloads import check_device
 from fedclient.launch import Description, Device, Result
@@ -26,6 +27,7 @@ from fedclient.trainer import Context
 from fedlink.certificates import CertificateFacts
 from fedlink.errors import FedlinkError, Reason
 from fedlink.tensors import TensorSpec
+from fedlink.tls import proxy_for
 
 
 def visit_to(directory: Path, **settings: Any) -> Examination:

@@ -57,6 +57,25 @@ async def test_the_newest_process_of_a_site_wins_and_the_older_is_told(database:
     assert reason(e) is Reason.SESSION_UNKNOWN
 
 
+async def test_a_certificate_counts_only_for_a_name_that_an_operator_admitted(database: Database) -> None:
+    await registry(database).register("loopback", hello())
+    sites = registry(database, proof=Proof.CERTIFICATE)
+    await sites.load()
+    for name in ("loopback", "nobody"):
+        with pytest.raises(FedlinkError, match="is not admitted") as e:
+            sites.admit(name)
+        assert reason(e) is Reason.BAD_CREDENTIALS
+    assert await sites.add("loopback", rotate=False) == ""
+    assert sites.admit("loopback") == "loopback"
+    with pytest.raises(FedlinkError, match="is here already"):
+        await sites.add("loopback", rotate=False)
+    await sites.revoke("loopback")
+    with pytest.raises(FedlinkError, match="revoked by the server's operator"):
+        sites.admit("loopback")
+    assert await sites.add("loopback", rotate=True) == ""
+    assert sites.admit("loopback") == "loopback"
+
+
 async def test_two_processes_that_register_at_once_leave_one_session_and_one_replaced(database: Database) -> None:
     sites = registry(database)
     await sites.register("a", hello())

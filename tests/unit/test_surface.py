@@ -13,7 +13,7 @@ from fedlink.errors import Reason
 
 COMMANDS = {
     "fedserver certificate authority": "--name DIRECTORY",
-    "fedserver certificate revoke": "CERTIFICATE DIRECTORY",
+    "fedserver certificate revoke": "DIRECTORY NAME",
     "fedserver certificate server": "--days DIRECTORY HOSTS",
     "fedserver certificate site": "--days DIRECTORY NAMES",
     "fedserver client add": "--data-dir --rotate NAME",
