@@ -41,7 +41,7 @@ def list_clients(*, as_json: Json = False, data_dir: DataDir = DATA_DIR) -> None
     columns = [
         ("client", lambda c: c.name),
         ("state", lambda c: "revoked" if c.revoked else "connected" if c.connected else "away"),
-        ("admitted", lambda c: "yes" if c.has_token else "no"),
+        ("admitted", lambda c: "yes" if c.admitted else "no"),
         ("last seen", lambda c: local(c.last_seen)),
         ("workloads", lambda c: ", ".join(c.workloads)),
         ("devices", lambda c: ", ".join(d.name for d in c.devices)),

@@ -87,7 +87,7 @@ def client_message(site: Site, *, connected: bool) -> pb.Client:
     """A site."""
     out = pb.Client(
         name=site.name,
-        has_token=site.row.token_hash is not None,
+        admitted=site.row.token_hash is not None,
         revoked=site.row.revoked,
         connected=connected,
         workloads=sorted(site.offers),

@@ -116,7 +116,7 @@ def test_stopping_a_run(federation: Federation) -> None:
 def test_the_list_of_clients(federation: Federation) -> None:
     clients = {c["name"]: c for c in federation.json("client", "list")}
     assert clients["ada"]["connected"]
-    assert not clients["ada"]["has_token"]
+    assert not clients["ada"]["admitted"]
     assert clients["ada"]["workloads"] == ["work"]
     assert "ada" in federation.call("client", "list").stdout
 
@@ -219,7 +219,7 @@ def test_tokens(federation: Federation) -> None:
     assert len(token) > 32
     assert token not in added.stderr
     refused(federation, "client", "add", "carl", code=4, words="carl")
-    assert next(c for c in federation.json("client", "list") if c["name"] == "carl")["has_token"]
+    assert next(c for c in federation.json("client", "list") if c["name"] == "carl")["admitted"]
     # It is stored hashed, and said nowhere.
     for path in (*federation.data_dir.glob("*"), federation.root / "server.log"):
         if path.is_file():

@@ -405,7 +405,7 @@ def test_with_certificates(tmp_path: Path) -> None:
         assert report["credentials"]["outcome"] == "failed"
         assert "fedserver client add dan" in report["credentials"]["advice"]
 
-        authority.revoke(d / "sites" / "ada.crt")
+        authority.revoke("ada")
         report = until(
             lambda: (r := _any_code(ada))["credentials"]["outcome"] == "failed" and r, "the revocation to be read"
         )

@@ -322,7 +322,7 @@ class Client(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
-    HAS_TOKEN_FIELD_NUMBER: _builtins.int
+    ADMITTED_FIELD_NUMBER: _builtins.int
     REVOKED_FIELD_NUMBER: _builtins.int
     CONNECTED_FIELD_NUMBER: _builtins.int
     LAST_SEEN_FIELD_NUMBER: _builtins.int
@@ -331,8 +331,8 @@ class Client(_message.Message):
     DEVICES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Unique name."""
-    has_token: _builtins.bool
-    """A credential was made for it."""
+    admitted: _builtins.bool
+    """An operator admitted it with AddClient. On loopback sites take part without."""
     revoked: _builtins.bool
     """It may not come any more."""
     connected: _builtins.bool
@@ -355,7 +355,7 @@ class Client(_message.Message):
         self,
         *,
         name: _builtins.str = ...,
-        has_token: _builtins.bool = ...,
+        admitted: _builtins.bool = ...,
         revoked: _builtins.bool = ...,
         connected: _builtins.bool = ...,
         last_seen: _timestamp_pb2.Timestamp | None = ...,
@@ -365,7 +365,7 @@ class Client(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["last_seen", b"last_seen"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["connected", b"connected", "devices", b"devices", "has_token", b"has_token", "last_seen", b"last_seen", "name", b"name", "revoked", b"revoked", "software_version", b"software_version", "workloads", b"workloads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "connected", b"connected", "devices", b"devices", "last_seen", b"last_seen", "name", b"name", "revoked", b"revoked", "software_version", b"software_version", "workloads", b"workloads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
