@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import os
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+from fedclient.aside import off_loop
 from fedlink.errors import FedlinkError, Reason
 
 BEAT_SECONDS = 10.0
@@ -50,15 +52,31 @@ class Pulse:
 
     async def _beat(self) -> None:
         while True:
-            self._write()
+            # Aside: a disk that hangs must not stop the heartbeats of tasks, only these signs.
+            await off_loop(self._write)
             await asyncio.sleep(BEAT_SECONDS)
 
     def _write(self) -> None:
         # On a full disk the last sign gets old, and so the daemon unhealthy: it could not train either.
         with contextlib.suppress(OSError):
             temporary = self._path.with_suffix(".tmp")
-            temporary.write_text(json.dumps({"pid": os.getpid(), "phase": self.phase}), encoding="ascii")
+            temporary.write_text(json.dumps({"phase": self.phase}), encoding="ascii")
             temporary.replace(self._path)
+
+
+def _held(lock: Path) -> bool:
+    """Whether a process holds the lock of a state directory; the kernel frees it whatever way that process ends."""
+    try:
+        file = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(file)
+    return False
 
 
 def read_pulse(state_dir: Path) -> str:
@@ -74,7 +92,9 @@ def read_pulse(state_dir: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError):
         text = f"no fedclient runs with state_dir {state_dir}: start one with `fedclient start`"
         raise FedlinkError(Reason.FAILED, text) from None
+    if not _held(state_dir / "lock"):
+        raise FedlinkError(Reason.FAILED, f"the fedclient with state_dir {state_dir} was killed; start it again")
     if age > LATE_SECONDS:
-        text = f"the fedclient with state_dir {state_dir} gave no sign of life for {age:.0f} s: it hangs or was killed"
+        text = f"the fedclient with state_dir {state_dir} gave no sign of life for {age:.0f} s: it hangs"
         raise FedlinkError(Reason.FAILED, text)
     return phase

@@ -123,7 +123,9 @@ def daemon_runs(state_dir: Path) -> bool:
 
 def _make_room(home: Path) -> tuple[Path, Path]:
     """A directory for trainers' output, which stays to be read, and one for models, which does not."""
-    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # Each by itself: with `parents` the mode is the last one's only.
+    home.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    home.mkdir(mode=0o700, exist_ok=True)
     for left in home.glob(f"{_SCRATCH}*"):
         if time.time() - left.stat().st_mtime > _STALE:
             shutil.rmtree(left, ignore_errors=True)

@@ -114,10 +114,10 @@ def meaning(federation: Federation, name: str, trainer: str = "Mean", rows: str 
     return site
 
 
-def examined(site: Site, *options: str, code: int = 0) -> Report:
-    """What the doctor finds, by check; in this process, which saves the start of one."""
+def examined(site: Site, *options: str, code: int | None = 0) -> Report:
+    """What the doctor finds, by check; in this process, which saves the start of one. None: any exit code of a report."""
     done = CliRunner().invoke(app, ["doctor", "--config", str(site.config), "--json", *options])
-    assert done.exit_code == code, done.output
+    assert done.exit_code in ((0, 1) if code is None else (code,)), done.output
     # Where no command has set logging up, log lines go before.
     return read(done.stdout[done.stdout.index("[\n") :])
 
@@ -329,14 +329,18 @@ def answering(ahead: float = 0.0, **info: Any) -> Iterator[str]:
 
 @pytest.mark.parametrize(
     ("ahead", "outcome", "words"),
-    [(0.0, "ok", "within"), (20.0, "warning", "20.0 s behind"), (-3600.0, "failed", "3600.0 s ahead of")],
+    [
+        (0.0, "ok", "within"),
+        (20.0, "warning", r"(19\.[5-9]|20\.[0-5]) s behind"),
+        (-3600.0, "failed", r"(3599\.[5-9]|3600\.[0-5]) s ahead of"),
+    ],
 )
 def test_a_clock_that_is_off(federation: Federation, ahead: float, outcome: str, words: str) -> None:
     with answering(ahead) as address:
         site = drifting(federation, f"clock{ahead:.0f}", server=address)
         report = examined(site, "--skip-training-step", code=outcome == "failed")
     assert report["clock"]["outcome"] == outcome
-    assert words in report["clock"]["found"]
+    assert re.search(words, report["clock"]["found"])
     assert "9.9" in report["server"]["found"]
     # Without the feature the doctor does not try.
     assert report["credentials"]["outcome"] == report["bandwidth"]["outcome"] == "skipped"
@@ -364,6 +368,7 @@ def made(directory: Path) -> Authority:
     return authority
 
 
+@pytest.mark.timeout(300)
 def test_with_certificates(tmp_path: Path) -> None:
     with Federation(tmp_path) as federation:
         d = tmp_path / "ca"
@@ -407,17 +412,11 @@ def test_with_certificates(tmp_path: Path) -> None:
 
         authority.revoke("ada")
         report = until(
-            lambda: (r := _any_code(ada))["credentials"]["outcome"] == "failed" and r, "the revocation to be read"
+            lambda: (r := examined(ada, "--skip-training-step", code=None))["credentials"]["outcome"] == "failed" and r,
+            "the revocation to be read",
         )
         assert "revoked" in report["credentials"]["found"]
 
         report = examined(drifting(federation, "eve"), "--skip-training-step", code=1)
         assert report["tls"]["outcome"] == "failed"
         assert "TLS only" in report["tls"]["found"]
-
-
-def _any_code(site: Site) -> Report:
-    for code in (1, 0):
-        with contextlib.suppress(AssertionError):
-            return examined(site, "--skip-training-step", code=code)
-    raise AssertionError("neither 0 nor 1")

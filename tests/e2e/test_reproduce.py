@@ -1,4 +1,4 @@
-"""`make reproduce-heart` as a user runs it gives FLamby's accuracies, through a real server and four real daemons."""
+"""FLamby's accuracies through a real server and four real daemons; all five seeds are `make reproduce-heart`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import pytest
 
 from tests.support import heart
 
-FEDAVG = {"42": 0.7520, "43": 0.7638, "44": 0.7638, "45": 0.7008, "46": 0.7598}
+# The seeds that lie furthest apart.
+FEDAVG, POOLED = {"42": 0.7520, "45": 0.7008}, {"42": 0.7913, "45": 0.7992}
+ONE_ROW = 1 / 254 + 1e-4
 TRAIN, TEST = 0, 1
 
 
@@ -19,19 +21,19 @@ TRAIN, TEST = 0, 1
 @pytest.mark.xdist_group("heavy")
 def test_the_published_accuracies(tmp_path: Path, heart_data: Path) -> None:
     (tmp_path / "data").symlink_to(heart_data)
-    command = [sys.executable, heart.EXAMPLE / "reproduce.py", tmp_path]
+    command = [sys.executable, heart.EXAMPLE / "reproduce.py", "--seeds", "42,45", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.rstrip().splitlines()
     assert lines[-1].startswith("result ")
     result = json.loads(lines[-1].removeprefix("result "))
     assert result["fedavg"] == FEDAVG
-    assert (result["fedavg_mean"], result["fedavg_std"]) == (0.7480, 0.0268)
-    assert abs(result["pooled_mean"] - 0.7953) <= 0.003
+    assert (result["fedavg_mean"], result["fedavg_std"]) == (0.7264, 0.0362)
+    # The order of the batches moves a pooled accuracy by a row.
+    assert all(abs(result["pooled"][seed] - POOLED[seed]) <= ONE_ROW for seed in POOLED)
     rows = [line.split() for line in lines]
     assert ["42", "0.7520", "0.7520", f"{result['pooled']['42']:.4f}", "0.7913"] in rows
-    assert ["mean", "0.7480", "0.7480", f"{result['pooled_mean']:.4f}", "0.7953"] in rows
-    assert ["std", "0.0268", "0.0268", f"{result['pooled_std']:.4f}", "0.0028"] in rows
+    assert [row[:3] for row in rows if row[:1] == ["mean"]] == [["mean", "0.7264", "0.7264"]]
 
     said = [json.loads(line) for line in (tmp_path / "logs" / "server.log").read_text().splitlines()]
     accepted = [s for s in said if s["event"] == "accepted"]
@@ -39,4 +41,4 @@ def test_the_published_accuracies(tmp_path: Path, heart_data: Path) -> None:
     assert counted == {("train", n, r[TRAIN]) for n, r in heart.ROWS.items()} | {
         ("evaluate", n, r[TEST]) for n, r in heart.ROWS.items()
     }
-    assert sum(s["kind"] == "train" for s in accepted) == 5 * 15 * len(heart.ROWS)
+    assert sum(s["kind"] == "train" for s in accepted) == 2 * 15 * len(heart.ROWS)

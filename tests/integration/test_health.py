@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from fedclient.pulse import LATE_SECONDS, Pulse, read_pulse
+from fedclient.spool import Spool
 from fedlink.errors import FedlinkError
 from fedserver.app import running
 from fedserver.settings import ServerSettings
@@ -42,21 +45,34 @@ async def test_a_server_nobody_can_connect_to_is_not_healthy(tmp_path: Path) -> 
         assert "takes no connections of sites" in said
 
 
+@contextlib.contextmanager
+def locked(state_dir: Path) -> Iterator[None]:
+    """What a daemon does with its state directory."""
+    spool = Spool(state_dir)
+    try:
+        yield
+    finally:
+        spool.close()
+
+
 async def test_a_daemon_is_healthy_while_it_beats(tmp_path: Path) -> None:
     with pytest.raises(FedlinkError, match="no fedclient runs"):
         read_pulse(tmp_path)
     pulse = Pulse(tmp_path)
-    async with pulse.beating():
-        await asyncio.sleep(0.05)
-        assert read_pulse(tmp_path) == "starting"
+    with locked(tmp_path):
+        async with pulse.beating():
+            await asyncio.sleep(0.5)
+            assert read_pulse(tmp_path) == "starting"
     with pytest.raises(FedlinkError, match="no fedclient runs"):
         read_pulse(tmp_path)
 
 
 async def test_a_daemon_that_hangs_or_was_killed_is_not_healthy(tmp_path: Path) -> None:
     async with Pulse(tmp_path).beating():
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.5)
+        with pytest.raises(FedlinkError, match="was killed"):
+            read_pulse(tmp_path)
         late = time.time() - LATE_SECONDS - 5
         os.utime(tmp_path / "pulse", (late, late))
-        with pytest.raises(FedlinkError, match=r"no sign of life for 6[0-9] s"):
+        with locked(tmp_path), pytest.raises(FedlinkError, match=r"no sign of life for 6[0-9] s: it hangs"):
             read_pulse(tmp_path)
