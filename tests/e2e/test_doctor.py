@@ -115,7 +115,7 @@ def meaning(federation: Federation, name: str, trainer: str = "Mean", rows: str 
 
 
 def examined(site: Site, *options: str, code: int | None = 0) -> Report:
-    """What the doctor finds, by check; in this process, which saves the start of one. None: any exit code of a report."""
+    """What the doctor finds, by check; in this process, which saves the start of one. Without a code any will do."""
     done = CliRunner().invoke(app, ["doctor", "--config", str(site.config), "--json", *options])
     assert done.exit_code in ((0, 1) if code is None else (code,)), done.output
     # Where no command has set logging up, log lines go before.
