@@ -48,6 +48,8 @@ class Examination:
     """What each workload's class built."""
     _trainers: dict[str, Trainer] = field(default_factory=dict)
     _channel: grpc.aio.Channel | None = None
+    _elsewhere: Path | None = None
+    """Where logs and models go if the state directory does not take them."""
 
     async def __aenter__(self) -> Self:
         try:
@@ -55,7 +57,7 @@ class Examination:
                 self.logs, self.scratch = await off_loop(_make_room, self.site.state_dir / "doctor")
         except (OSError, TimeoutError):
             # The check of the disk says what is the matter.
-            self.logs = Path(tempfile.mkdtemp(prefix="fedclient-doctor-"))
+            self.logs = self._elsewhere = Path(tempfile.mkdtemp(prefix="fedclient-doctor-"))
             self.scratch = Path(tempfile.mkdtemp(dir=self.logs, prefix=_SCRATCH))
         return self
 
@@ -66,6 +68,10 @@ class Examination:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_PATIENCE):
                 await off_loop(shutil.rmtree, self.scratch, True)
+        if self._elsewhere:
+            # Trainers' output stays if there is any, for a finding may name it.
+            with contextlib.suppress(OSError):
+                self._elsewhere.rmdir()
 
     @property
     def channel(self) -> grpc.aio.Channel:

@@ -166,9 +166,16 @@ class Bench:
     def _hold(self, federation: Federation, number: int) -> None:
         with federation.admin() as stub:
             name = f"{RUN}@{number}"
-            manifest = stub.GetModel(pb.GetModelRequest(name=name)).model.manifest.digest
+            try:
+                manifest = stub.GetModel(pb.GetModelRequest(name=name)).model.manifest.digest
+            except grpc.RpcError as e:
+                self._check_processes(federation)
+                raise BenchError(f"version {number} cannot be compared: {e.details()}") from e
         target = self.root / "versions" / str(number)
-        self.versions[number] = weights.Version.hold(federation.data_dir, manifest, target)
+        try:
+            self.versions[number] = weights.Version.hold(federation.data_dir, manifest, target)
+        except FileNotFoundError as e:
+            raise BenchError(f"version {number} was deleted before it could be compared: {e}") from e
 
     def _deviations(self) -> dict[int, dict[str, float]]:
         """What `weights.deviation` finds for each round both of whose versions are held."""
@@ -313,6 +320,9 @@ def _watch(federation: Federation, events: queue.Queue[pb.WatchRunResponse | Exc
                 events.put(event)
     except grpc.RpcError as e:
         events.put(e)
+    else:
+        # Nobody reads it after `run_ended`; without that, it ends the waiting.
+        events.put(BenchError("the run did not end"))
 
 
 def _settled_size(directory: Path) -> int:

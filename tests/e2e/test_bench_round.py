@@ -6,12 +6,20 @@ import os
 import signal
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 
-from tests.bench.bench_round import IN_MEMORY, REPOSITORY, BenchError, bench, file_system
+from fedlink.v1 import admin_service_pb2 as pb
+from fedlink.v1 import admin_service_pb2_grpc as admin_grpc
+from fedserver.settings import admin_socket
+from tests.bench.bench_round import IN_MEMORY, REPOSITORY, Bench, BenchError, bench, file_system
+from tests.bench.processes import Sampler
 from tests.bench.weights import size
+from tests.support.federation import Federation
 
 MODEL, CLIENTS, ROUNDS = "resnet18", 2, 2
 ALLOWED = 2e-6
@@ -74,6 +82,34 @@ def test_a_process_that_dies_is_shown(place: Path) -> None:
         bench(MODEL, 1, 2, place, say=kill)
     assert '"serving"' in str(error.value), "the end of its log is shown"
     assert list(place.iterdir()) == []
+
+
+class Silent(admin_grpc.AdminServiceServicer):
+    """A server whose stream of events ends at once, and which keeps no version."""
+
+    def WatchRun(self, request: Any, context: Any) -> Iterator[pb.WatchRunResponse]:  # noqa: N802
+        return iter(())
+
+    def GetModel(self, request: Any, context: Any) -> pb.GetModelResponse:  # noqa: N802
+        context.abort(grpc.StatusCode.NOT_FOUND, "'bench@1' is not kept")
+        raise AssertionError
+
+
+def test_events_and_versions_that_are_gone_end_it(place: Path) -> None:
+    federation = Federation(place)
+    federation.data_dir.mkdir()
+    server = grpc.server(ThreadPoolExecutor(2))
+    admin_grpc.add_AdminServiceServicer_to_server(Silent(), server)
+    server.add_insecure_port(f"unix:{admin_socket(federation.data_dir)}")
+    server.start()
+    measured = Bench(MODEL, CLIENTS, ROUNDS, place, say=print)
+    try:
+        with pytest.raises(BenchError, match="the run did not end"):
+            measured._follow(federation, Sampler(federation.data_dir))
+        with pytest.raises(BenchError, match="version 1 cannot be compared: 'bench@1' is not kept"):
+            measured._hold(federation, 1)
+    finally:
+        server.stop(None).wait()
 
 
 def test_places_that_would_mislead_are_refused(place: Path) -> None:

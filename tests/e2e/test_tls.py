@@ -460,6 +460,8 @@ def test_a_registered_site_waits_for_the_right_certificate(ground: Ground) -> No
     right = [ground.ours.directory / f"server.{end}" for end in ("crt", "key")]
     kept = [path.read_bytes() for path in right]
     wrong = ground.other.leaf("wrong", "127.0.0.1")
+    for name in ("ada", "bob"):  # one that was never registered would end instead
+        until(lambda n=name: connected(t, n), f"{name} to connect")  # type: ignore[misc]
     t.kill_server()
     before = len(events(t.server))
     for path, data in zip(right, (wrong["certificate"], wrong["key"]), strict=True):
@@ -515,6 +517,8 @@ def test_expired_on_the_way(ground: Ground, expiring: Federation, gail: tuple[Pe
 
 
 def test_secrets_are_in_no_log(ground: Ground, ends: dict[str, Future[int]], expiring: Federation) -> None:
+    for end in ends.values():
+        end.result()
     roots = [f.root for f in (ground.mutual, ground.tokens, ground.open, expiring)]
     secrets = set(ground.secrets.values())
     for directory in (ground.ours.directory, ground.other.directory, ground.own):

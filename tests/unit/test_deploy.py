@@ -19,7 +19,6 @@ from fedserver.settings import load_settings
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 SITES = ("cleveland", "hungary", "switzerland", "long-beach")
-OPENINGS = {"privileged", "user", "network_mode", "pid", "ipc", "ports", "cap_add", "devices"}
 DOCKERFILES = ("Dockerfile.server", "Dockerfile.client")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import os
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -141,7 +142,18 @@ async def test_a_state_directory_that_cannot_be_made_does_not_stop_the_doctor(tm
         report = await check_disk(visit)
     assert report.outcome is Outcome.FAILED
     assert str(tmp_path / "state") in report.found
-    assert not visit.scratch.exists()
+    assert not visit.logs.exists()
+    async with visit_to(tmp_path) as visit:
+        log = visit.logs / "trainer-w-cpu.log"
+        log.write_text("what the class printed")
+    assert list(visit.logs.iterdir()) == [log], "a finding may name it"
+    shutil.rmtree(visit.logs)
+
+
+async def test_a_doctor_before_the_first_start_leaves_a_private_state_directory(tmp_path: Path) -> None:
+    async with visit_to(tmp_path):
+        pass
+    assert [path.stat().st_mode & 0o777 for path in (tmp_path / "state", tmp_path / "state" / "doctor")] == [0o700] * 2
 
 
 async def test_models_of_a_doctor_that_was_killed_go_after_a_day(tmp_path: Path) -> None:
