@@ -35,6 +35,7 @@ RUN_FILE = HEART / "run.toml"
 HOSPITALS = [data.slug(name) for name in data.HOSPITALS]
 SERVER_IMAGE, CLIENT_IMAGE = "fedlink-server", "fedlink-client"
 START_SECONDS = 120.0
+TABLES = 20
 STEP_SECONDS = 0.3
 VICTIM = HOSPITALS[0]
 WORKLOAD = """
@@ -160,9 +161,13 @@ def federate(engine: Engine, root: Path, init: bytes, *, kill: bool) -> list[dic
     put(engine, "/tmp/run.toml", RUN_FILE.read_bytes())  # noqa: S108
     operate(engine, ["model", "import", "/tmp/heart-init.safetensors"])  # noqa: S108
     command = ["run", "create", "/tmp/run.toml", "--follow"]  # noqa: S108
+    tables = TABLES
     with killing(engine) if kill else contextlib.nullcontext():
         while show(engine, command):
             # The table's own process ends with the server's container; another one shows the run from its start.
+            tables -= 1
+            if not tables:
+                raise EngineError(f"the table of run {RUN} ended {TABLES} times although the server is healthy")
             wait_healthy(engine, "server")
             state = json.loads(operate(engine, ["run", "show", RUN, "--json"], quiet=True))
             if state["state"] in ("failed", "stopped"):

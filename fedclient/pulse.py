@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import json
-import os
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 from fedclient.aside import off_loop
+from fedclient.spool import in_use
 from fedlink.errors import FedlinkError, Reason
 
 BEAT_SECONDS = 10.0
@@ -64,21 +63,6 @@ class Pulse:
             temporary.replace(self._path)
 
 
-def _held(lock: Path) -> bool:
-    """Whether a process holds the lock of a state directory; the kernel frees it whatever way that process ends."""
-    try:
-        file = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(file)
-    return False
-
-
 def read_pulse(state_dir: Path) -> str:
     """What the daemon of a state directory is at.
 
@@ -92,7 +76,7 @@ def read_pulse(state_dir: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError):
         text = f"no fedclient runs with state_dir {state_dir}: start one with `fedclient start`"
         raise FedlinkError(Reason.FAILED, text) from None
-    if not _held(state_dir / "lock"):
+    if not in_use(state_dir):
         raise FedlinkError(Reason.FAILED, f"the fedclient with state_dir {state_dir} was killed; start it again")
     if age > LATE_SECONDS:
         text = f"the fedclient with state_dir {state_dir} gave no sign of life for {age:.0f} s: it hangs"

@@ -17,6 +17,7 @@ import enum
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal, Self
@@ -134,6 +135,34 @@ class Held(_Kept):
         return self.model_copy(update={"completed": True})
 
 
+_LOOKS = (0.0, 0.1, 0.3)
+"""Pauses before each try for the lock: `in_use` holds it for an instant, too."""
+
+
+def in_use(state_dir: Path) -> bool:
+    """Whether a daemon holds a state directory; the kernel frees it whatever way that process ends."""
+    try:
+        lock = os.open(state_dir / "lock", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(lock)
+    return False
+
+
+def _taken(lock: int, pause: float) -> bool:
+    time.sleep(pause)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
 class Spool:
     """The state directory: its lock, the journal and the directories of tasks.
 
@@ -153,13 +182,11 @@ class Spool:
             self._lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as e:
             raise FedlinkError(Reason.BAD_CONFIG, f"state_dir {root} cannot be used: {e.strerror}") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not any(_taken(self._lock, pause) for pause in _LOOKS):
             os.close(self._lock)
             raise FedlinkError(
                 Reason.FAILED, f"another fedclient runs with state_dir {root}: stop it, or give this site its own"
-            ) from None
+            )
 
     def close(self) -> None:
         """Release the lock."""

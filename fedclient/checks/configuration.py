@@ -7,9 +7,10 @@ import os
 import sys
 
 from fedclient.aside import off_loop
-from fedclient.checks.examination import Examination, daemon_runs
+from fedclient.checks.examination import Examination
 from fedclient.checks.finding import Finding, failed, ok, together
 from fedclient.session import credentials
+from fedclient.spool import in_use
 from fedlink.errors import FedlinkError
 
 
@@ -25,7 +26,7 @@ def _look(visit: Examination) -> Finding:
         return together(problems)
     count = len(visit.site.workload)
     found = f"{visit.config}: site {visit.site.name}, {count} workload{'s' if count > 1 else ''}"
-    running = "; a daemon is running with it, and goes on" if daemon_runs(visit.site.state_dir) else ""
+    running = "; a daemon is running with it, and goes on" if in_use(visit.site.state_dir) else ""
     return ok(found + running)
 
 

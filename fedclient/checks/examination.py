@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
-import os
 import shutil
 import tempfile
 import time
@@ -20,7 +18,7 @@ from fedclient.launch import Description, Trainer
 from fedclient.local_files import LocalModel
 from fedclient.settings import SiteSettings
 from fedlink import rpc
-from fedlink.tls import open_channel
+from fedlink.tls import host_of, open_channel
 from fedlink.v1 import coordination_service_pb2 as pb
 
 _SCRATCH = "run-"
@@ -92,7 +90,7 @@ class Examination:
     @property
     def host(self) -> str:
         """The host in the server's address."""
-        return self.site.server.rpartition(":")[0].strip("[]")
+        return host_of(self.site.server)
 
     @property
     def port(self) -> int:
@@ -109,22 +107,6 @@ class Examination:
         """Let a workload's process go, for its memory."""
         if trainer := self._trainers.pop(workload, None):
             await trainer.close()
-
-
-def daemon_runs(state_dir: Path) -> bool:
-    """Whether a daemon holds the state directory."""
-    try:
-        lock = os.open(state_dir / "lock", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        # Let go at once; a daemon that starts in this instant would be refused.
-        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(lock)
-    return False
 
 
 def _make_room(home: Path) -> tuple[Path, Path]:

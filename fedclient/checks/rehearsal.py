@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from fedclient.aside import off_loop
-from fedclient.checks.examination import Examination, daemon_runs
+from fedclient.checks.examination import Examination
 from fedclient.checks.finding import Finding, failed, ok, skipped, together, warning
 from fedclient.launch import FailReason, Job, JobKind, Progress, Result, TrainerFailed, Write
 from fedclient.local_files import LocalModel, import_model
+from fedclient.spool import in_use
 
 EVALUATION_SECONDS = 120.0
 """How long an evaluation may take to say how many examples there are."""
@@ -112,7 +113,7 @@ def _timed(name: str, result: Result) -> Finding:
 
 def _broken(visit: Examination, name: str, error: TrainerFailed) -> Finding:
     if error.reason is FailReason.OUT_OF_MEMORY:
-        running = "; the running daemon's trainer holds some, too" if daemon_runs(visit.site.state_dir) else ""
+        running = "; the running daemon's trainer holds some, too" if in_use(visit.site.state_dir) else ""
         return failed(error.message, f"Use a smaller batch or model, or a device with more memory{running}.")
     # The exception's own words may quote data: they stay in the log.
     return failed(error.message, f"Its own words and the traceback are in {visit.trainer(name).log_path}.")

@@ -114,8 +114,11 @@ def test_stopping_a_run(federation: Federation) -> None:
 
 
 def test_the_list_of_clients(federation: Federation) -> None:
-    clients = {c["name"]: c for c in federation.json("client", "list")}
-    assert clients["ada"]["connected"]
+    def look() -> dict[str, Any]:
+        return {c["name"]: c for c in federation.json("client", "list")}
+
+    # This test may be the first of its process, and the sites take a moment to register.
+    clients = until(lambda: c if "ada" in (c := look()) and c["ada"]["connected"] else None, "ada to register")
     assert not clients["ada"]["admitted"]
     assert clients["ada"]["workloads"] == ["work"]
     assert "ada" in federation.call("client", "list").stdout

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fedclient.spool import MAX_CACHED_FILES, BlobCache, Held, Outcome, Spool, Stage
+from fedclient.spool import MAX_CACHED_FILES, BlobCache, Held, Outcome, Spool, Stage, in_use
 from fedlink.errors import FedlinkError
 from fedlink.tensors import Kind
 from tests.support.orders import order
@@ -154,3 +156,18 @@ def test_the_cache_does_not_keep_countless_files(tmp_path: Path) -> None:
         os.utime(cache.path(digest), (n, n))
     cache.trim(frozenset(digests[:2]))
     assert [d for d in digests if not cache.path(d).exists()] == digests[2:12]
+
+
+def test_a_look_at_the_lock_keeps_no_daemon_from_starting(tmp_path: Path) -> None:
+    Spool(tmp_path).close()
+    lock = os.open(tmp_path / "lock", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    timer = threading.Timer(0.05, os.close, [lock])
+    timer.start()
+    spool = Spool(tmp_path)
+    timer.join()
+    assert in_use(tmp_path)
+    with pytest.raises(FedlinkError, match="another fedclient runs"):
+        Spool(tmp_path)
+    spool.close()
+    assert not in_use(tmp_path)

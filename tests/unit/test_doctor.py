@@ -16,14 +16,13 @@ import pytest
 from fedclient.aside import off_loop
 from fedclient.checks import CHECKS, Check, Examination, Finding, Outcome, disk, examine, finding, network, workloads
 from fedclient.checks.disk import check_disk
-from fedclient.checks.examination import daemon_runs
 from fedclient.checks.network import check_tls
 from fedclient.checks.rehearsal import _files, _timed
 from fedclient.checks.workloads import check_device
 from fedclient.launch import Description, Device, Result
 from fedclient.local_files import LocalModel
 from fedclient.settings import SiteSettings, WorkloadSettings
-from fedclient.spool import Spool
+from fedclient.spool import Spool, in_use
 from fedclient.trainer import Context
 from fedlink.certificates import CertificateFacts
 from fedlink.errors import FedlinkError, Reason
@@ -127,11 +126,11 @@ def test_the_worst_finding_counts_and_every_sentence_is_said_once() -> None:
 
 
 def test_a_daemon_is_noticed_and_not_hindered(tmp_path: Path) -> None:
-    assert not daemon_runs(tmp_path / "state")
+    assert not in_use(tmp_path / "state")
     spool = Spool(tmp_path / "state")
-    assert daemon_runs(tmp_path / "state")
+    assert in_use(tmp_path / "state")
     spool.close()
-    assert not daemon_runs(tmp_path / "state")
+    assert not in_use(tmp_path / "state")
     Spool(tmp_path / "state").close()
 
 
