@@ -46,6 +46,11 @@ demo-compose: $(DEMO_STAMP) ## The same in containers, docker or podman (KILL=1:
 test: $(STAMP) ## Run every test (under 10 minutes on 2 cores)
 	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup
 
+SEED ?= 7
+CASES ?= 50
+fault: $(STAMP) ## Faults on randomized schedules, all survived (SEED=7 CASES=50 JOBS=2)
+	@$(BIN)/python -m tests.fault.campaign --seed $(SEED) --cases $(CASES) --jobs $(JOBS)
+
 MODEL ?= gpt2
 CLIENTS ?= 4
 ROUNDS ?= 3
@@ -93,4 +98,4 @@ constraints: ## Pin what .venv holds now
 clean: ## Remove what the demo and the tools wrote, not .venv
 	@rm -rf .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
-.PHONY: help install demo demo-compose reproduce-heart test bench-round check check-protos protos generate baseline format constraints clean
+.PHONY: help install demo demo-compose reproduce-heart test fault bench-round check check-protos protos generate baseline format constraints clean

@@ -20,6 +20,7 @@ from fedclient.spool import Held, Order, Stage
 from fedclient.work import TASK_OVER, Tools, TrainerHandle, Work
 from fedlink import log
 from fedlink.errors import FedlinkError, Reason
+from fedlink.failpoints import reach
 
 POLL_WAIT = 30.0
 """Seconds one poll waits at the server, if it allows so much."""
@@ -136,6 +137,7 @@ class Desk:
             with contextlib.suppress(FedlinkError):
                 await self._tools.session.fail(order.token, failure)
             return None
+        reach("task.kept")
         return self._adopt(held)
 
     async def _release(self, tokens: Sequence[bytes]) -> None:

@@ -31,6 +31,7 @@ from fedlink import log, rpc
 from fedlink.blobs import BlobRef
 from fedlink.config import explain
 from fedlink.errors import FedlinkError, Reason
+from fedlink.failpoints import reach
 from fedlink.manifest import ref_from_pb, ref_to_pb
 from fedlink.tensors import Kind
 from fedlink.tls import host_of, is_loopback, open_channel, proxy_for, refusal
@@ -373,6 +374,7 @@ class Session:
             if self._id != stale:
                 return
             answer = await self._until_answered(self._stub.RegisterClient, self._registration)
+            reach("client.registered")
             self._id = answer.session
             self._note_lease(answer.lease_term)
             self.max_poll_wait = max(_seconds(answer.max_poll_wait), 1.0)

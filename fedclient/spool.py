@@ -28,6 +28,7 @@ from fedlink import log
 from fedlink.blobs import DIGEST_SIZE, MAX_BLOB_SIZE, BlobRef
 from fedlink.config import Config, Name
 from fedlink.errors import FedlinkError, Reason
+from fedlink.failpoints import reach
 from fedlink.run_file import MAX_JSON_BYTES
 from fedlink.tensors import Kind
 
@@ -219,12 +220,14 @@ class Spool:
             f.write(held.model_dump_json().encode())
             f.flush()
             os.fsync(f.fileno())
+        reach(f"journal.{held.stage}")
         temporary.replace(path)
         sync_directory(self._journal)
 
     def drop(self, token: bytes) -> None:
         """Forget a task and delete its files."""
         (self._journal / f"{token.hex()}.json").unlink(missing_ok=True)
+        reach("task.dropped")
         shutil.rmtree(self._tasks / token.hex(), ignore_errors=True)
 
     def model_dir(self, token: bytes) -> Path:

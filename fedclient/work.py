@@ -32,6 +32,7 @@ from fedclient.transfer import Encoded, Transfer, drop_model_files, encode
 from fedlink import log
 from fedlink.config import explain
 from fedlink.errors import FedlinkError, Reason
+from fedlink.failpoints import reach
 from fedlink.tensors import Kind
 
 TASK_OVER = frozenset({Reason.TASK_NOT_FOUND, Reason.ROUND_CLOSED, Reason.TASK_COMPLETED})
@@ -263,6 +264,7 @@ class Work:
         await tools.transfer.fetch(order, model_dir, self.status.advance)
         self._log.info("downloaded", activity=order.activity, seconds=_since(began))
         await tools.on_disk(fresh_directory, update_dir)
+        reach("model.fetched")
         self.status.enter("computing")
         job = Job(
             kind=JobKind.TRAIN if order.update else JobKind.EVALUATE,
@@ -284,6 +286,7 @@ class Work:
             result = await self._trainer.run(job, self._note_progress)
         finally:
             self._trainer = None
+        reach("update.computed")
         self.held = self.held.trained(self._outcome(result))
         await tools.on_disk(self._keep_result, result)
         await tools.transfer.let_go(token)
@@ -330,14 +333,17 @@ class Work:
         if self.order.update and self._encoded is None:
             directories = tools.spool.model_dir(token), tools.spool.update_dir(token)
             self._encoded = await asyncio.to_thread(encode, self.order, *directories, outcome.files)
+            reach("update.encoded")
         if self._encoded and self.held.stage is Stage.TRAINED:
             with _already_completed():
                 await tools.transfer.send(token, self._encoded, self.status.advance)
+            reach("update.sent")
         update = self._encoded.manifest.ref if self._encoded else None
         attempts = 0
         while True:
             try:
                 verdict = await tools.session.complete(token, outcome, update)
+                reach("update.answered")
             except FedlinkError as e:
                 if e.reason is not Reason.BLOB_MISSING or self._encoded is None:
                     raise

@@ -21,6 +21,7 @@ from fedlink import log as logs
 from fedlink import rpc
 from fedlink.corelog import Summary, handshakes_explained
 from fedlink.errors import FedlinkError, Reason
+from fedlink.failpoints import reach
 from fedlink.v1 import admin_service_pb2_grpc, coordination_service_pb2_grpc
 from fedserver.runtime.board import TaskBoard
 from fedserver.runtime.completion import Completions
@@ -101,6 +102,7 @@ async def running(settings: ServerSettings) -> AsyncIterator[App]:
         executor = stack.enter_context(ThreadPoolExecutor(_DISK_THREADS, "disk"))
         store, spool = DirectoryBlobStore(data_dir / "blobs"), Spool(data_dir / "spool")
         await recover(database, store, spool, data_dir / "tmp")
+        reach("server.recovered")
         parts, engine = _build(settings, database, store, spool)
         await parts.sites.load()
         await engine.start()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import os
 import random
 import sys
 import time
@@ -41,6 +42,7 @@ from fedclient.trainer.wire import (
     Start,
     Write,
 )
+from fedlink import failpoints
 
 _MAX_TEXT = 4000
 
@@ -243,6 +245,7 @@ def _devices(wanted: str) -> tuple[Device, ...]:
 
 def main() -> int:
     """Serve jobs until the daemon goes; the exit code is 1 if the class could not be loaded."""
+    failpoints.arm(os.environ)
     pipe = Pipe(int(sys.argv[1]))
     message = pipe.receive()
     try:

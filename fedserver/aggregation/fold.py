@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fedlink.errors import FedlinkError, Reason
+from fedlink.failpoints import reach
 from fedlink.manifest import Manifest, TensorEntry, manifest_of_files
 from fedlink.tensors import DTYPES, Header, Kind, Role, TensorSpec, shard_name, windows
 from fedserver.aggregation.files import NamingWriter, ShardReader, naming_a_full_disk
@@ -128,6 +129,7 @@ class _ShardFold:
             stack.enter_context(np.errstate(over="ignore", under="ignore", invalid="ignore"))
             for entry in self._entries:
                 self._fold(entry, out, master)
+        reach("fold.shard")
         file = out.finish(self._plan.model.manifest.files[self._index].name)
         return _FoldedShard(file, out.header, (master.finish(master_path.name), master.header) if master else None)
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from fedlink import log as logs
 from fedlink.blobs import MAX_MANIFEST_SIZE, BlobRef
 from fedlink.errors import FedlinkError, Reason
+from fedlink.failpoints import reach
 from fedlink.run_file import WIRE_DTYPES
 from fedserver.aggregation.check import check_update
 from fedserver.rounds.model import TaskState
@@ -101,11 +102,14 @@ class Completions:
         verdict = Verdict(accepted=True)
         if task.row.kind == "train":
             verdict = await self._check_update(task, claim)
+            reach("update.checked")
             values |= {"update_digest": claim.update_digest}
         state = TaskState.ACCEPTED if verdict.accepted else TaskState.REFUSED
         values |= {"reason": verdict.reason, "tensor": verdict.tensor, "message": verdict.message}
         if not await self._engine.driver_of(task).task_ended(task, state, values):
             raise closed(task.row)
+        if task.row.kind == "train":
+            reach("update.judged")
         log = self._log.info if verdict.accepted else self._log.warning
         log(
             str(state),

@@ -20,6 +20,7 @@ from sqlalchemy import Connection
 
 from fedlink import log as logs
 from fedlink.errors import FedlinkError, Reason
+from fedlink.failpoints import reach
 from fedserver.rounds.machine import step
 from fedserver.rounds.model import (
     Action,
@@ -55,6 +56,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 _Work = Callable[[Connection], Any]
 _TRY_AGAIN_SECONDS = 5.0
+_NAMES = {IssueTasks: "issued", Reissue: "reissued", Aggregate: "closed", Fail: "failed"}
 
 
 def _serial(
@@ -265,6 +267,8 @@ class RunDriver:
             works += [self._record(action, after, issued) for action in actions]
         if works:
             await self._commit(*works)
+            for action in actions:
+                reach(f"round.{_NAMES[type(action)]}")
         self.round = after
         for row in issued:
             self._show(row)
@@ -331,6 +335,7 @@ class RunDriver:
 
     async def _open_round(self, number: int) -> None:
         attempt = await self._db.run(lambda c: records.open_round(c, self.row.id, number))
+        reach("round.opened")
         self.round = Round(self.row.name, number, attempt, self._spec.cohort, self._spec.seed)
         await self._try_select()
 
@@ -381,7 +386,9 @@ class RunDriver:
             records.commit_version(c, run, after, stored, tasks=tasks, seconds=seconds)
             issued.extend(records.issue_evaluation(c, run, number, evaluators, [t.row.id for t in stale]))
 
+        reach("version.stored")
         await self._commit(work)
+        reach("version.committed")
         self.round, self._failures = after, 0
         self._log.info("committed", round=number, version=number, clients=len(tasks), seconds=round(seconds, 3))
         self._board.remove(stale)
@@ -394,6 +401,7 @@ class RunDriver:
 
     async def _drop_updates(self, current: Round) -> None:
         uploads = await self._db.run(lambda c: records.forget_updates(c, self.row.id, current))
+        reach("updates.forgotten")
         self._parts.access.forget(u.id for u in uploads)
         try:
             await self._parts.versions.forget_uploads(uploads)
@@ -460,6 +468,7 @@ class RunDriver:
         ids = [t.row.id for t in late]
         means: dict[str, float] = {}
         await self._commit(lambda c: means.update(records.close_evaluation(c, run, version, ids)))
+        reach("evaluation.closed")
         self._board.remove(late)
         self._evaluations.closed(version)
         self._tidy()
@@ -468,6 +477,7 @@ class RunDriver:
     async def _end(self, state: str, reason: str) -> None:
         current, tasks = self.round, self._board.of_run(self.row.id)
         ids = [t.row.id for t in tasks]
+        reach("run.ending")
         await self._commit(lambda c: records.end_run(c, self.row.id, current, ids, state=state, reason=reason))
         self._board.remove(tasks)
         self.round = None

@@ -15,6 +15,7 @@ from sqlalchemy import Connection
 from fedlink import log as logs
 from fedlink.config import explain
 from fedlink.errors import FedlinkError, Reason
+from fedlink.failpoints import reach
 from fedlink.run_file import MAX_JSON_BYTES, MAX_ROUNDS, RunSpec
 from fedserver.rounds.model import TaskState
 from fedserver.rounds.selection import refusal
@@ -133,6 +134,7 @@ class Engine:
             async with self._parts.versions.blobs_lock:
                 _, _, start = await self._parts.versions.find(spec.model)
                 run = await self._db.run(lambda c: _insert_run(c, spec, request_id, start))
+            reach("run.created")
             self._log.info("created", run=run.name, workload=spec.workload, rounds=spec.rounds, model=spec.model)
             await self._drive(run)
             return await self._db.run(lambda c: q.run_by_id(c, run.id))

@@ -14,6 +14,7 @@ from sqlalchemy import Connection
 
 from fedlink.blobs import MAX_BLOB_SIZE, MAX_MANIFEST_SIZE, BlobRef
 from fedlink.errors import FedlinkError, Reason
+from fedlink.failpoints import reach
 from fedlink.manifest import Manifest
 from fedlink.run_file import WIRE_DTYPES, RunSpec
 from fedlink.tensors import Role, update_spec
@@ -147,11 +148,13 @@ class TaskBlobAccess:
             )
 
         await asyncio.to_thread(self._make_slot, upload_id, source, ref, chunk_digests)
+        reach("upload.slot")
         try:
             await self._db.run(work)
         except BaseException:
             await asyncio.to_thread(self._spool.delete, upload_id)
             raise
+        reach("upload.started")
         return upload_id
 
     def _make_slot(self, upload_id: bytes, source: Path | None, ref: BlobRef, chunk_digests: bytes) -> None:

@@ -15,6 +15,7 @@ from sqlalchemy import Connection
 from fedlink import log as logs
 from fedlink.blobs import MAX_MANIFEST_SIZE, BlobRef, chunk_digests_of, ref_of
 from fedlink.errors import FedlinkError, Reason
+from fedlink.failpoints import reach
 from fedlink.manifest import Manifest
 from fedlink.tensors import Kind, TensorError, read_header
 from fedserver.aggregation.fold import aggregate
@@ -251,7 +252,9 @@ class Versions:
             return dropped
 
         async with self.blobs_lock:
-            await self._collect(await self._db.run(work))
+            dropped = await self._db.run(work)
+            reach("versions.retired")
+            await self._collect(dropped)
 
     async def _collect(self, digests: Collection[bytes]) -> None:
         """Delete those of these blobs that nobody needs; `blobs_lock` is held."""

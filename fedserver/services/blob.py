@@ -24,6 +24,7 @@ from fedlink.batches import WriteBehind, read_ahead, settled
 from fedlink.blobs import CHUNK_SIZE, DIGEST_SIZE, MAX_BLOB_SIZE, MAX_STREAM_BYTES, BlobRef, is_list_of
 from fedlink.bulk import MAX_DIGESTS
 from fedlink.errors import FedlinkError, Reason
+from fedlink.failpoints import reach
 from fedlink.transfer import ImportPurpose, Purpose, TaskPurpose
 from fedlink.v1 import blob_service_pb2 as pb
 from fedserver.runtime.access import BlobAccess, Caller
@@ -164,6 +165,7 @@ class BlobServicer:
         try:
             async with contextlib.aclosing(batches):
                 async for batch in batches:
+                    reach("blob.read")
                     for end, message in batch:
                         await self._send(context, message)
                         sent = end

@@ -10,6 +10,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 import fedlink
 from fedlink.errors import FedlinkError, Reason
+from fedlink.failpoints import reach
 from fedlink.manifest import ref_from_pb, ref_to_pb
 from fedlink.run_file import WIRE_DTYPES
 from fedlink.tensors import Kind
@@ -114,6 +115,7 @@ class CoordinationServicer(pb_grpc.CoordinationServiceServicer):
             self._sites.seen(site)
         if task is not None:
             await self._engine.revive(task)
+            reach("task.given")
         return task
 
     async def _task_message(self, task: OpenTask) -> pb.Task:
@@ -185,6 +187,7 @@ class CoordinationServicer(pb_grpc.CoordinationServiceServicer):
         reason = _FAILURES.get(request.reason, "UNSPECIFIED")
         values = {"reason": reason, "message": _describe(request), "steps": min(request.step, 1 << 53)}
         await self._engine.driver_of(task).task_ended(task, TaskState.FAILED, values, retryable=request.retryable)
+        reach("task.failed")
         return pb.FailTaskResponse()
 
     @translated

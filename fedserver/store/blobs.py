@@ -21,6 +21,7 @@ from typing import Protocol, Self
 
 from fedlink.blobs import CHUNK_SIZE, DIGEST_SIZE, BlobRef, chunk_spans, first_bad_chunk, is_list_of
 from fedlink.errors import FedlinkError, Reason
+from fedlink.failpoints import reach
 from fedlink.files import read_at, sync
 from fedserver.store.disk import full_disk_named
 
@@ -178,6 +179,7 @@ class DirectoryBlobStore:
         """Remove a blob; see `BlobStore.delete`."""
         path = self._path(digest)
         path.unlink(missing_ok=True)
+        reach("blob.unlinked")
         _list_of(path).unlink(missing_ok=True)
 
     def digests(self) -> Iterator[bytes]:
@@ -212,6 +214,7 @@ class DirectoryBlobStore:
             temporary.write_bytes(chunk_digests)
             sync(temporary)
             temporary.rename(_list_of(target))
+            reach("blob.listed")
             sync(path)
             try:
                 path.rename(target)
@@ -224,6 +227,7 @@ class DirectoryBlobStore:
         finally:
             temporary.unlink(missing_ok=True)
         sync(directory)
+        reach("blob.placed")
 
     def _sweep(self) -> None:
         for directory in self._root.iterdir():

@@ -36,6 +36,7 @@ from fedlink.blobs import (
     is_list_of,
 )
 from fedlink.errors import FedlinkError, Reason
+from fedlink.failpoints import reach
 from fedlink.files import read_at, write_at
 from fedserver.store.disk import disk_full, full_disk_named
 
@@ -147,7 +148,9 @@ class Spool:
                         end += len(chunk)
             finally:
                 if end > offset:
+                    reach("upload.written")
                     slot.mark(end)
+                    reach("upload.marked")
             return end
 
     def committed(self, upload_id: bytes) -> int:
@@ -315,6 +318,7 @@ class Spool:
             directory.rename(old)
         except FileNotFoundError:
             return
+        reach("upload.removed")
         with contextlib.suppress(FileNotFoundError):
             self._keep_free(old / "data")
         shutil.rmtree(old)

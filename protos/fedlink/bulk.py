@@ -24,6 +24,7 @@ from fedlink import log
 from fedlink.batches import BATCH_CHUNKS, WriteBehind, read_ahead, settled
 from fedlink.blobs import CHUNK_SIZE, BlobRef, Buffer, ChunkHasher, first_bad_chunk
 from fedlink.errors import FedlinkError, Reason
+from fedlink.failpoints import reach
 from fedlink.files import read_at
 from fedlink.part import PartFile
 from fedlink.rpc import Chunk, Metadata, decode_read_response, encode_bulk, from_rpc_error
@@ -279,6 +280,7 @@ class _Sending:
             batches = read_ahead(functools.partial(read_at, fd), action.start, action.stop)
             async with contextlib.aclosing(batches):
                 async for batch in batches:
+                    reach("upload.sending")
                     for end, message in batch:
                         deadline.reschedule(asyncio.get_running_loop().time() + STALL)
                         await call.write(message)

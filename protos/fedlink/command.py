@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import NoReturn
 
 import typer
 
-from fedlink import log
+from fedlink import failpoints, log
 from fedlink.errors import EXIT_FAILED, EXIT_OK, FedlinkError
 
 
@@ -18,6 +19,7 @@ def run(app: typer.Typer, name: str) -> NoReturn:
         app: the commands.
         name: what the program is called, for messages.
     """
+    failpoints.arm(os.environ)
     log.setup("warning")
     try:
         app(prog_name=name)

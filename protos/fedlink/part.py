@@ -17,6 +17,7 @@ from typing import Self
 
 from fedlink.blobs import CHUNK_SIZE, BlobRef, Buffer, chunk_spans, first_bad_chunk, is_list_of
 from fedlink.errors import FedlinkError, Reason
+from fedlink.failpoints import reach
 from fedlink.files import read_at, write_at
 
 PART_SUFFIX, LIST_SUFFIX = ".part", ".chunks"
@@ -68,6 +69,7 @@ class PartFile:
         if not is_list_of(chunk_digests, self._ref):
             raise FedlinkError(Reason.CHUNK_CORRUPT, f"The chunk list that came for blob {self._ref} is not its own.")
         self._list_path.write_bytes(chunk_digests)
+        reach("download.listed")
         self._list = chunk_digests
         self.has_list = True
 
@@ -84,6 +86,7 @@ class PartFile:
             write_at(self._fd, chunk, offset)
             offset += len(chunk)
             self.verified = offset
+        reach("download.written")
         return offset
 
     def finish(self) -> None:
@@ -93,6 +96,7 @@ class PartFile:
             OSError: it cannot be renamed.
         """
         self._part.rename(self._target)
+        reach("download.renamed")
         self._list_path.unlink(missing_ok=True)
 
     def _stored_list(self) -> bytes | None:

@@ -26,6 +26,7 @@ from fedlink import rpc
 from fedlink.v1 import admin_service_pb2 as admin_pb
 from fedlink.v1 import admin_service_pb2_grpc as admin_grpc
 from fedserver.settings import admin_socket
+from tests.support.zygote import zygote
 
 T = TypeVar("T")
 PATIENCE = 120.0
@@ -58,10 +59,9 @@ def alive(pid: int) -> bool:
 class Daemon:
     """A process in the background, the leader of its own session; its output goes to a file."""
 
-    def __init__(self, command: list[str], log: Path, *, cwd: Path) -> None:
+    def __init__(self, command: list[str], log: Path, *, cwd: Path, env: Mapping[str, str] | None = None) -> None:
         self.log = log
-        with log.open("ab") as out:
-            self.process = subprocess.Popen(command, stdout=out, stderr=out, cwd=cwd, start_new_session=True)
+        self.process = zygote().spawn(command, cwd=cwd, env=env, log=log)
 
     @property
     def pid(self) -> int:
@@ -113,12 +113,15 @@ class Federation(contextlib.ExitStack):
 
     # --- Processes
 
-    def start_server(self, *options: str, listen: str = "", **tables: Any) -> Self:
+    def start_server(
+        self, *options: str, listen: str = "", env: Mapping[str, str] | None = None, **tables: Any
+    ) -> Self:
         """Start the server, after a kill on the same port; returns when it serves.
 
         Args:
             options: of `fedserver serve`.
             listen: address; by default that of before, or a free port on loopback.
+            env: all its variables; by default ours.
             tables: what a fedserver.toml is to say, e.g. `tls={...}`.
         """
         listen = listen or self.address or "127.0.0.1:0"
@@ -129,7 +132,7 @@ class Federation(contextlib.ExitStack):
         written = self.data_dir / "address"
         written.unlink(missing_ok=True)
         command = [program("fedserver"), "serve", "--data-dir", str(self.data_dir), "--listen", listen, *options]
-        self.server = server = self._daemon(command, "server")
+        self.server = server = self._daemon(command, "server", env)
         until(lambda: written.exists() or not server.running, "the server to start")
         assert server.running, server.text()
         self.address = written.read_text().strip()
@@ -147,8 +150,8 @@ class Federation(contextlib.ExitStack):
             site.start()
         return site
 
-    def _daemon(self, command: list[str], name: str) -> Daemon:
-        daemon = Daemon(command, self.root / f"{name}.log", cwd=self.root)
+    def _daemon(self, command: list[str], name: str, env: Mapping[str, str] | None = None) -> Daemon:
+        daemon = Daemon(command, self.root / f"{name}.log", cwd=self.root, env=env)
         self.callback(daemon.clean)
         return daemon
 
@@ -259,9 +262,9 @@ class Site:
         self.command = [program("fedclient"), "start", "--config", str(self.config)]
         self.daemon: Daemon | None = None
 
-    def start(self, *options: str) -> Daemon:
-        """Start the daemon (again)."""
-        self.daemon = self._federation._daemon([*self.command, *options], self.name)
+    def start(self, *options: str, env: Mapping[str, str] | None = None) -> Daemon:
+        """Start the daemon (again); `env` are all its variables, by default ours."""
+        self.daemon = self._federation._daemon([*self.command, *options], self.name, env)
         return self.daemon
 
     def kill(self) -> None:
