@@ -20,7 +20,8 @@ from fedlink.v1 import blob_service_pb2 as pb
 from fedlink.v1 import blob_service_pb2_grpc as pb_grpc
 from fedlink.v1 import types_pb2
 from fedserver.services.blob import BulkLimits
-from tests.support.transfer import QUICK, BlobServer, Line, as_client, blob_server, channel_to, some_bytes
+from tests.support.line import Line
+from tests.support.transfer import QUICK, BlobServer, as_client, blob_server, channel_to, some_bytes
 
 MIB = 1 << 20
 TASK = TaskPurpose(b"task-a")
@@ -59,18 +60,24 @@ async def test_through_a_line_that_breaks(tmp_path: Path) -> None:
     ref, digests = bulk.hash_file(source)
     cuts = [3 * MIB, 9 * MIB, 500, 11 * MIB, 2 * MIB, 12 * MIB]
     async with blob_server(tmp_path / "server") as server:
-        async with Line(server.port, cuts) as line, channel_to(line.address) as channel:
-            await bulk.upload_file(channel, source, ref, digests, TASK, metadata=as_client("a"), retry=Retry(**QUICK))
-            assert line.broken == len(cuts)
+        with Line(server.address) as line:
+            for number, n in enumerate(cuts, 1):
+                line.cut(after_bytes=n, towards="server", connection=number)
+            async with channel_to(line.address) as channel:
+                await bulk.upload_file(
+                    channel, source, ref, digests, TASK, metadata=as_client("a"), retry=Retry(**QUICK)
+                )
         (upload_id,) = server.spool.ids()
         assert server.spool.path(upload_id).read_bytes() == data
         assert server.access.written == len(data)
         server.access.publish(data, tmp_path)
-        async with Line(server.port, cuts) as line, channel_to(line.address) as channel:
-            await bulk.download_blob(
-                channel, ref, target, task_token=b"task-a", metadata=as_client("a"), retry=Retry(**QUICK)
-            )
-            assert line.broken == len(cuts)
+        with Line(server.address) as line:
+            for number, n in enumerate(cuts, 1):
+                line.cut(after_bytes=n, towards="client", connection=number)
+            async with channel_to(line.address) as channel:
+                await bulk.download_blob(
+                    channel, ref, target, task_token=b"task-a", metadata=as_client("a"), retry=Retry(**QUICK)
+                )
         assert target.read_bytes() == data
         assert server.access.read < len(data) + len(cuts) * 16 * MIB
 

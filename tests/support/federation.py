@@ -8,10 +8,8 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -26,6 +24,7 @@ from fedlink import rpc
 from fedlink.v1 import admin_service_pb2 as admin_pb
 from fedlink.v1 import admin_service_pb2_grpc as admin_grpc
 from fedserver.settings import admin_socket
+from tests.support.line import Line
 from tests.support.zygote import zygote
 
 T = TypeVar("T")
@@ -296,82 +295,28 @@ class Site:
         return begun[-1]
 
 
-class Gate:
-    """A TCP line to a server that stops carrying a connection's bytes towards it after the first `after` of them.
+class Gate(Line):
+    """A line that stops carrying a connection's bytes towards the server after the first `after` of them.
 
     The connection stands still, with an upload in its middle, until `open` or until an end goes away.
     """
 
     def __init__(self, target: str, *, after: int) -> None:
-        host, _, port = target.rpartition(":")
-        self._target = (host, int(port))
+        super().__init__(target)
         self._after = after
-        self._open = threading.Event()
-        self._closing = threading.Event()
-        self.reached = threading.Event()
-        self._sockets: set[socket.socket] = set()
-        self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Self:
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        self._begin(self._accept)
+        super().__enter__()
+        self._held = self.stall(after_bytes=self._after, towards="server", times=None)
         return self
-
-    def __exit__(self, *_: object) -> None:
-        self._closing.set()
-        self.open()
-        for s in (self._listener, *list(self._sockets)):
-            _shut(s)
-        for thread in list(self._threads):
-            thread.join(PATIENCE)
-        for s in (self._listener, *self._sockets):
-            s.close()
 
     def open(self) -> None:
         """Carry everything from now on."""
-        self._open.set()
+        self._held.release()
 
     def until_reached(self) -> None:
         """Wait until a connection is held."""
-        assert self.reached.wait(PATIENCE), "no connection carried enough to be held"
-
-    def _begin(self, work: Callable[..., None], *arguments: Any) -> None:
-        thread = threading.Thread(target=work, args=arguments, daemon=True)
-        self._threads.append(thread)
-        thread.start()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while not self._closing.is_set():
-                near, _ = self._listener.accept()
-                self._sockets.add(near)
-                try:
-                    far = socket.create_connection(self._target, timeout=PATIENCE)
-                except OSError:
-                    _shut(near)
-                    continue
-                far.settimeout(None)
-                self._sockets.add(far)
-                self._begin(self._pump, near, far, self._after)
-                self._begin(self._pump, far, near, None)
-
-    def _pump(self, source: socket.socket, sink: socket.socket, budget: int | None) -> None:
-        carried = 0
-        with contextlib.suppress(OSError):
-            while data := source.recv(1 << 16):
-                carried += len(data)
-                if budget is not None and carried > budget and not self._open.is_set():
-                    self.reached.set()
-                    self._open.wait()
-                sink.sendall(data)
-        _shut(source)
-        _shut(sink)
-
-
-def _shut(s: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        s.shutdown(socket.SHUT_RDWR)
+        self._held.until_fired()
 
 
 def call(name: str, *arguments: str, code: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

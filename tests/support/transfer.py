@@ -1,4 +1,4 @@
-"""A blob server on loopback with a dict for its authority, and a line that can be cut."""
+"""A blob server on loopback with a dict for its authority."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import grpc.aio
 
@@ -158,56 +158,6 @@ async def channel_to(address: str) -> AsyncIterator[grpc.aio.Channel]:
 
 def as_client(name: str) -> Callable[[], rpc.Metadata]:
     return lambda: ((rpc.META_CLIENT, name),)
-
-
-class Line:
-    """A TCP line to a server that breaks after so many bytes, as often as there are numbers."""
-
-    def __init__(self, target: int, cuts: Sequence[int]) -> None:
-        self._target = target
-        self._cuts = list(cuts)
-        self.broken = 0
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
-        self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.create_task(self._serve(reader, writer))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        budget = [self._cuts.pop(0) if self._cuts else -1]
-        up_reader, up_writer = await asyncio.open_connection("127.0.0.1", self._target)
-
-        async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-            while data := await source.read(1 << 16):
-                if budget[0] >= 0:
-                    budget[0] -= len(data)
-                    if budget[0] < 0:
-                        self.broken += 1
-                        return
-                sink.write(data)
-                await sink.drain()
-
-        pumps = [asyncio.create_task(pump(reader, up_writer)), asyncio.create_task(pump(up_reader, writer))]
-        try:
-            await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for p in pumps:
-                p.cancel()
-            await asyncio.gather(*pumps, return_exceptions=True)
-            for w in (writer, up_writer):
-                w.transport.abort()
 
 
 async def serve(root: Path, port: int) -> None:
