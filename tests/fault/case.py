@@ -115,7 +115,7 @@ def run_case(case: Case, root: Path, prepared: Path, whole: Sequence[Arrays]) ->
     with Federation(root) as federation, contextlib.ExitStack() as lines:
         shutil.copytree(prepared, federation.data_dir, copy_function=_link_blobs, symlinks=True)
         stage = _Stage(case, federation)
-        federation.start_server(env=stage.plan("server"))
+        stage.start_server()
         severed = {f.who: lines.enter_context(Line(federation.address, strict=False)) for f in stage.severs}
         for fault in stage.severs:
             getattr(severed[fault.who], fault.kind)(
@@ -150,6 +150,17 @@ class _Stage:
         kills = [f"{f.point}@{f.passage}" for f in self._case.faults if isinstance(f, Kill) and f.who == who]
         log = {failpoints.LOG_VARIABLE: str(self._federation.root / f"{who}.fired")}
         return {**os.environ, **({failpoints.VARIABLE: ",".join(kills), **log} if kills else {})}
+
+    def start_server(self) -> None:
+        """Start the server, again and again if it is to end before it serves."""
+        while True:
+            try:
+                self._federation.start_server(env=self.plan("server"))
+            except AssertionError:
+                assert self._federation.server is not None
+                self._ended(self._federation.server, "server")
+            else:
+                return
 
     def add_site(self, name: str, server: str) -> None:
         """Start a site."""
@@ -223,7 +234,7 @@ class _Stage:
             if self._ended(site.daemon, name):
                 site.start(env=self.plan(name))
         if self._ended(server, "server"):
-            self._federation.start_server(env=self.plan("server"))
+            self.start_server()
             return True
         return False
 
