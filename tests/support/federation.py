@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,6 +27,7 @@ from fedlink import rpc
 from fedlink.v1 import admin_service_pb2 as admin_pb
 from fedlink.v1 import admin_service_pb2_grpc as admin_grpc
 from fedserver.settings import admin_socket
+from tests.support.zygote import begin
 
 T = TypeVar("T")
 PATIENCE = 120.0
@@ -58,10 +60,10 @@ def alive(pid: int) -> bool:
 class Daemon:
     """A process in the background, the leader of its own session; its output goes to a file."""
 
-    def __init__(self, command: list[str], log: Path, *, cwd: Path) -> None:
+    def __init__(self, command: list[str], log: Path, *, cwd: Path, env: Mapping[str, str] | None = None) -> None:
         self.log = log
         with log.open("ab") as out:
-            self.process = subprocess.Popen(command, stdout=out, stderr=out, cwd=cwd, start_new_session=True)
+            self.process = begin(command, cwd=cwd, env=env, stdout=out.fileno(), stderr=out.fileno())
 
     @property
     def pid(self) -> int:
@@ -374,7 +376,15 @@ def _shut(s: socket.socket) -> None:
 def call(name: str, *arguments: str, code: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run a command, and expect an exit code, and never a traceback; an error is one line on stderr."""
     command = [program(name), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=PATIENCE, check=False)
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = begin(command, cwd=cwd, stdout=out.fileno(), stderr=err.fileno())
+        try:
+            process.wait(PATIENCE)
+        finally:
+            process.kill()
+        out.seek(0)
+        err.seek(0)
+        done = subprocess.CompletedProcess(command, process.wait(), out.read(), err.read())
     assert "Traceback" not in done.stderr + done.stdout, done.stderr
     assert done.returncode == code, f"{command} ended with {done.returncode}: {done.stdout}\n{done.stderr}"
     return done
