@@ -40,9 +40,10 @@ class Score:
 
     def add(self, other: Score) -> None:
         """Add another's counts."""
+        identical = self.bit_identical and other.bit_identical
         for name, value in asdict(other).items():
-            mine = getattr(self, name)
-            setattr(self, name, mine and value if isinstance(value, bool) else mine + value)
+            setattr(self, name, getattr(self, name) + value)
+        self.bit_identical = identical
 
 
 def attempt(case: Case, root: Path, prepared: Path) -> tuple[Score, list[str], float]:
@@ -66,7 +67,7 @@ def attempt(case: Case, root: Path, prepared: Path) -> tuple[Score, list[str], f
         found.updates_double_counted,
         found.versions_lost,
         found.bit_identical,
-        bool(remarks),
+        int(bool(remarks)),
     )
     if not remarks:
         shutil.rmtree(directory)
