@@ -33,8 +33,10 @@ def drain(
     """Stop the server once what is under way is finished; nothing new begins meanwhile."""
     deadline = time.monotonic() + _seconds(timeout) if timeout is not None else None
 
+    holder = _holder(data_dir)
+
     async def work(admin: Admin) -> None:
-        left: pb.DrainServerResponse | None = await _ask(admin)
+        left: pb.DrainServerResponse | None = await _ask(admin, pb.DrainServerRequest())
         said = None
         while left is not None:
             if left != said:
@@ -44,43 +46,45 @@ def drain(
                 text = f"the server {left.waiting}; it goes on draining, and `fedserver drain` shows how far it is"
                 raise FedlinkError(Reason.FAILED, text)
             await asyncio.sleep(_ASK_SECONDS)
-            left = await _ask_again(admin)
+            left = await _look(admin)
 
     with_admin(data_dir, work)
     # It answers nobody any more; wait until it has put everything away.
-    while _held(data_dir):
-        time.sleep(_ASK_SECONDS)
+    while holder and _holder(data_dir) == holder:
+        time.sleep(_ASK_SECONDS / 5)
     if not as_json:
         typer.echo("the server has ended")
 
 
-async def _ask(admin: Admin) -> pb.DrainServerResponse:
-    left: pb.DrainServerResponse = await admin.call(admin.stub.DrainServer, pb.DrainServerRequest())
+async def _ask(admin: Admin, request: pb.DrainServerRequest) -> pb.DrainServerResponse:
+    left: pb.DrainServerResponse = await admin.call(admin.stub.DrainServer, request)
     return left
 
 
-async def _ask_again(admin: Admin) -> pb.DrainServerResponse | None:
+async def _look(admin: Admin) -> pb.DrainServerResponse | None:
+    """How far the server is; None if it has ended, whether or not a supervisor has started another."""
     try:
-        return await _ask(admin)
+        left = await _ask(admin, pb.DrainServerRequest(look=True))
     except FedlinkError as e:
         if e.reason not in (Reason.UNREACHABLE, Reason.DRAINING):
             raise
         return None
+    return left if left.draining else None
 
 
-def _held(data_dir: Path) -> bool:
-    """Whether a server holds the data directory."""
+def _holder(data_dir: Path) -> bytes:
+    """The process id of the server that holds the data directory; empty if none does."""
     try:
         lock = os.open(data_dir / "lock", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
-        return False
+        return b""
     try:
         fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:
-        return True
+        return os.read(lock, 32)
     finally:
         os.close(lock)
-    return False
+    return b""
 
 
 def _seconds(text: str) -> float:

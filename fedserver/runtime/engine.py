@@ -215,14 +215,14 @@ class Engine:
 
     # --- Draining
 
-    def drain(self) -> UnderWay:
+    def drain(self) -> None:
         """Let nothing new begin from now on; `drained` is set when what is under way is finished."""
         if not self._parts.board.draining:
-            self._log.info("draining", under_way=str(self._under_way()))
+            self._log.info("draining", under_way=str(self.under_way()))
             self._parts.board.drain()
-        return self._under_way()
 
-    def _under_way(self) -> UnderWay:
+    def under_way(self) -> UnderWay:
+        """What would be half-done if the server ended now."""
         tasks = self._parts.board.all()
         uploads = {t.client for t in tasks if t.check or (t.sending and t.state is TaskState.RUNNING)}
         uploads |= {name for writer in self.writers for name in writer()}
@@ -236,7 +236,7 @@ class Engine:
         while True:
             await asyncio.sleep(_TICK_SECONDS)
             await self._guarded(sites.look_round)
-            if board.draining and not self._under_way():
+            if board.draining and not self.under_way():
                 self.drained.set()
             for task in board.lapsed(set(sites.offers())):
                 if (of_run := self._drivers.get(task.row.run_id)) is not None:

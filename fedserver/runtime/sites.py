@@ -91,7 +91,7 @@ class SiteRegistry:
 
     def _loaded(self, row: ClientRow) -> Site:
         seen = row.last_seen or 0.0
-        if not row.registration or not row.session:
+        if not row.registration:
             return Site(row, last_seen=seen)
         request = pb.RegisterClientRequest.FromString(row.registration)
         try:

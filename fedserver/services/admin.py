@@ -244,8 +244,12 @@ class AdminServicer(pb_grpc.AdminServiceServicer):
     async def DrainServer(self, request: pb.DrainServerRequest, context: Context) -> pb.DrainServerResponse:
         """See the .proto."""
         await operator(context)
-        left = self._engine.drain()
-        return pb.DrainServerResponse(waiting=str(left), uploads=left.uploads, aggregations=left.aggregations)
+        if not request.look:
+            self._engine.drain()
+        left = self._engine.under_way()
+        return pb.DrainServerResponse(
+            waiting=str(left), uploads=left.uploads, aggregations=left.aggregations, draining=self._board.draining
+        )
 
     # --- Parts
 

@@ -1521,16 +1521,23 @@ Global___UnpinModelResponse: _TypeAlias = UnpinModelResponse  # noqa: Y015
 
 @_typing.final
 class DrainServerRequest(_message.Message):
-    """DrainServerRequest is empty."""
+    """DrainServerRequest begins, or only looks."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    LOOK_FIELD_NUMBER: _builtins.int
+    look: _builtins.bool
+    """Only say how far a draining server is; do not begin. What answers may be its
+    successor.
+    """
     def __init__(
         self,
+        *,
+        look: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["look", b"look"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1545,8 +1552,11 @@ class DrainServerResponse(_message.Message):
     WAITING_FIELD_NUMBER: _builtins.int
     UPLOADS_FIELD_NUMBER: _builtins.int
     AGGREGATIONS_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
     waiting: _builtins.str
     """One sentence."""
+    draining: _builtins.bool
+    """It drains."""
     @_builtins.property
     def uploads(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Who sends an update, or has sent one that is being checked; "operator" for an
@@ -1563,10 +1573,11 @@ class DrainServerResponse(_message.Message):
         waiting: _builtins.str = ...,
         uploads: _abc.Iterable[_builtins.str] | None = ...,
         aggregations: _abc.Iterable[_builtins.str] | None = ...,
+        draining: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregations", b"aggregations", "uploads", b"uploads", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregations", b"aggregations", "draining", b"draining", "uploads", b"uploads", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

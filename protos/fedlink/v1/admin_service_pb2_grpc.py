@@ -317,7 +317,8 @@ class AdminServiceServicer(object):
         """DrainServer lets the server end by itself, with no work half-done: from the
         first call on no task is handed out, no round begins and no upload is begun
         (UNAVAILABLE / DRAINING); uploads and aggregations under way are finished,
-        then the server exits. Every call answers what is still waited for.
+        then the server exits. Every call answers what is still waited for. A repeat
+        changes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

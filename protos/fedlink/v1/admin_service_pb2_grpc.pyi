@@ -107,7 +107,8 @@ class AdminServiceStub:
     """DrainServer lets the server end by itself, with no work half-done: from the
     first call on no task is handed out, no round begins and no upload is begun
     (UNAVAILABLE / DRAINING); uploads and aggregations under way are finished,
-    then the server exits. Every call answers what is still waited for.
+    then the server exits. Every call answers what is still waited for. A repeat
+    changes nothing.
     """
 
 @_typing.type_check_only
@@ -189,7 +190,8 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """DrainServer lets the server end by itself, with no work half-done: from the
     first call on no task is handed out, no round begins and no upload is begun
     (UNAVAILABLE / DRAINING); uploads and aggregations under way are finished,
-    then the server exits. Every call answers what is still waited for.
+    then the server exits. Every call answers what is still waited for. A repeat
+    changes nothing.
     """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -394,7 +396,8 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         """DrainServer lets the server end by itself, with no work half-done: from the
         first call on no task is handed out, no round begins and no upload is begun
         (UNAVAILABLE / DRAINING); uploads and aggregations under way are finished,
-        then the server exits. Every call answers what is still waited for.
+        then the server exits. Every call answers what is still waited for. A repeat
+        changes nothing.
         """
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
