@@ -39,14 +39,14 @@ def show(
     run: RunName,
     number: Annotated[int, typer.Argument(help="Number of the round, from 1.", min=1)],
     *,
-    attempt: Annotated[int, typer.Option(min=1, help="Which attempt at it. Default: the newest.")] = 0,
+    attempt: Annotated[int | None, typer.Option(min=1, help="Which attempt at it. Default: the newest.")] = None,
     as_json: Json = False,
     data_dir: DataDir = DATA_DIR,
 ) -> None:
     """Show one round: every task, its fate and why."""
 
     async def work(admin: Admin) -> pb.Round:
-        request = pb.GetRoundRequest(run=run, number=number, attempt=attempt)
+        request = pb.GetRoundRequest(run=run, number=number, attempt=attempt or 0)
         found: pb.Round = (await admin.call(admin.stub.GetRound, request)).round
         return found
 
