@@ -42,8 +42,8 @@ class Site:
     offers: Mapping[str, Offer] = field(default_factory=dict)
     registration: pb.RegisterClientRequest = field(default_factory=pb.RegisterClientRequest)
     last_seen: float = 0.0
-    heard: bool = False
-    """Since the server started."""
+    heard: float | None = None
+    """When it was last heard of, on the monotonic clock; None if not since the server started."""
     polls: int = 0
     """Polls that are being held right now."""
 
@@ -201,7 +201,7 @@ class SiteRegistry:
             session, same = await self._open(name, request)
             site = self._sites[name]
             site.offers, site.registration = offers, request
-            site.last_seen, site.heard = time.time(), True
+            site.last_seen, site.heard = time.time(), time.monotonic()
         self._log.info("registered", client=name, workloads=sorted(offers), again=same)
         self._changed()
         return session
@@ -263,19 +263,19 @@ class SiteRegistry:
     def seen(self, site: Site) -> None:
         """Note a sign of life; one that had been away is back."""
         was_here = self.connected(site)
-        site.last_seen, site.heard = time.time(), True
+        site.last_seen, site.heard = time.time(), time.monotonic()
         if not was_here:
             self._changed()
 
     def connected(self, site: Site) -> bool:
         """Whether a site is there: it has a session, and holds a poll or was heard of within the lease term."""
-        if site.row.session is None or not site.heard:
+        if site.row.session is None or site.heard is None:
             return False
-        return site.polls > 0 or time.time() - site.last_seen < self._lease_term
+        return site.polls > 0 or time.monotonic() - site.heard < self._lease_term
 
     def returning(self, site: Site) -> bool:
         """Whether a site that was there when the server stopped may yet come back: it has a lease term for that."""
-        was_there = site.row.session is not None and site.row.present and not site.heard
+        was_there = site.row.session is not None and site.row.present and site.heard is None
         return was_there and self.grace_left > 0
 
     @property

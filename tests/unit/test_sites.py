@@ -227,7 +227,8 @@ async def test_a_site_that_was_there_when_the_server_stopped_has_a_term_to_come_
     sessions = {name: await before.register(name, hello()) for name in ("a", "b", "left", "revoked", "gone")}
     await before.deregister(before.check_session("left", sessions["left"]), sessions["left"])
     await before.revoke("revoked")
-    before.check_session("gone", sessions["gone"]).last_seen -= 1000
+    gone = before.check_session("gone", sessions["gone"])
+    gone.heard, gone.last_seen = -1e9, gone.last_seen - 1000
     await before.look_round()
 
     changes: list[None] = []
