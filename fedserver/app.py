@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -46,6 +47,8 @@ from fedserver.store.spool import Spool
 
 _GRACE_SECONDS = 3.0
 _DISK_THREADS = 8
+_LOOKS = (0.0, 0.1, 0.3)
+"""Pauses before each try for the lock: `fedserver drain` holds it for an instant, too."""
 _SERVICES = ("fedlink.v1.AdminService", "fedlink.v1.BlobService", "fedlink.v1.CoordinationService")
 
 
@@ -57,10 +60,12 @@ class App:
     """HOST:PORT where sites are served."""
     socket: Path
     """Where operators are served."""
+    drained: asyncio.Event
+    """Set when the server was drained and has nothing more to finish."""
 
 
 async def serve(settings: ServerSettings) -> None:
-    """Run the server until SIGTERM or SIGINT.
+    """Run the server until SIGTERM or SIGINT, or until it is drained.
 
     Raises:
         FedlinkError: BAD_CONFIG if an address is taken, or the data directory is in use or of a newer release.
@@ -80,8 +85,11 @@ async def serve(settings: ServerSettings) -> None:
             version=fedlink.__version__,
             pid=os.getpid(),
         )
-        await stop.wait()
-        logs.get("server").info("draining")
+        ends = [asyncio.ensure_future(event.wait()) for event in (stop, app.drained)]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        for end in ends:
+            end.cancel()
+        logs.get("server").info("stopping", drained=app.drained.is_set())
 
 
 @contextlib.asynccontextmanager
@@ -139,9 +147,9 @@ async def running(settings: ServerSettings) -> AsyncIterator[App]:
             feed=parts.feed,
         )
         admin_service_pb2_grpc.add_AdminServiceServicer_to_server(admin, admin_server)
-        BlobServicer(parts.access, store, spool, identify=operator, executor=executor, limits=limits).add_to_server(
-            admin_server
-        )
+        imports = BlobServicer(parts.access, store, spool, identify=operator, executor=executor, limits=limits)
+        imports.add_to_server(admin_server)
+        engine.writers += [blobs.writers, imports.writers]
         reflection.enable_server_reflection((*_SERVICES[:2], reflection.SERVICE_NAME), admin_server)
         socket = admin_socket(data_dir)
         address = await _listen(settings, certificates, sites_server, admin_server, socket)
@@ -149,12 +157,11 @@ async def running(settings: ServerSettings) -> AsyncIterator[App]:
         fresh = data_dir / ".address"
         fresh.write_text(address + "\n", encoding="ascii")
         fresh.replace(data_dir / "address")
-        app = App(address, socket)
+        app = App(address, socket, engine.drained)
         try:
             yield app
         finally:
-            coordination.draining = True
-            parts.board.wake_all()
+            parts.board.drain()
             await asyncio.gather(sites_server.stop(_GRACE_SECONDS), admin_server.stop(_GRACE_SECONDS))
             socket.unlink(missing_ok=True)
 
@@ -229,6 +236,15 @@ def _make_private(data_dir: Path) -> None:
         raise FedlinkError(Reason.BAD_CONFIG, f"data directory {data_dir} cannot be made: {e.strerror}") from None
 
 
+def _taken(lock: int, pause: float) -> bool:
+    time.sleep(pause)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def _locked(data_dir: Path) -> Iterator[None]:
     """Hold the data directory; a second server would corrupt it.
@@ -241,16 +257,14 @@ def _locked(data_dir: Path) -> Iterator[None]:
     except OSError as e:
         raise FedlinkError(Reason.BAD_CONFIG, f"data directory {data_dir} cannot be used: {e.strerror}") from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not any(_taken(file.fileno(), pause) for pause in _LOOKS):
             file.seek(0)
             holder = file.read().strip() or "unknown"
             raise FedlinkError(
                 Reason.BAD_CONFIG,
                 f"data directory {data_dir} is in use by the fedserver with process id {holder}; "
                 "stop that one, or choose another with --data-dir",
-            ) from None
+            )
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

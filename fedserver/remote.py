@@ -111,21 +111,20 @@ class Admin:
         return run
 
     async def watch(self, run: str, *, after: int = 0) -> AsyncIterator[pb.WatchRunResponse]:
-        """A run's events, each once, to its end; reattaches for ever when the connection is lost.
+        """The events of a run that is there, each once, to its end; reattaches for ever when the connection is lost.
 
         Raises:
-            FedlinkError: what the server answers, or UNREACHABLE if it was never there.
+            FedlinkError: what the server answers.
         """
-        seen = False
         while True:
             try:
                 async for event in self.stub.WatchRun(pb.WatchRunRequest(run=run, after_sequence=after)):
-                    seen, after = True, event.sequence
+                    after = event.sequence
                     yield event
             except grpc.aio.AioRpcError as e:
                 error = rpc.from_rpc_error(e)
-                if not error.reason.retryable or not seen:
-                    raise self._explained(error) from None
+                if not error.reason.retryable:
+                    raise error from None
                 await asyncio.sleep(_RECONNECT_SECONDS)
             else:
                 return

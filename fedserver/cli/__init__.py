@@ -12,6 +12,7 @@ import fedlink
 from fedlink import command
 from fedlink import log as logs
 from fedserver.cli import certificates, clients, models, rounds, runs
+from fedserver.cli.drain import drain
 from fedserver.cli.health import health
 from fedserver.settings import load_settings
 
@@ -27,6 +28,7 @@ app.add_typer(rounds.app, name="round", help="See the rounds of a run.")
 app.add_typer(clients.app, name="client", help="Give sites credentials, and take them away.")
 app.add_typer(certificates.app, name="certificate", help="Make certificates, where there is no PKI.")
 app.add_typer(models.app, name="model", help="Import starting weights, export results.")
+app.command()(drain)
 app.command()(health)
 
 

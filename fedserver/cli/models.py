@@ -15,6 +15,8 @@ from fedserver.remote import Admin
 
 app = typer.Typer(no_args_is_help=True)
 
+Version = Annotated[str, typer.Argument(metavar="RUN@VERSION", help="A version of a run.")]
+
 
 @app.command("import")
 def import_model(
@@ -58,6 +60,7 @@ def list_models(*, as_json: Json = False, data_dir: DataDir = DATA_DIR) -> None:
         ("tensors", lambda m: str(m.tensors)),
         ("metrics", lambda m: "  ".join(f"{k} {v:.4f}" for k, v in sorted(m.metrics.items()))),
         ("best", lambda m: "best" if m.best else ""),
+        ("pinned", lambda m: "pinned" if m.pinned else ""),
         ("created", lambda m: local(m.created)),
     ]
     print_list(models, columns, as_json=as_json)
@@ -84,6 +87,21 @@ def export(
 
         model, files = with_admin(data_dir, work)
     print_one(model, [("model", model.name), *(("file", str(f)) for f in files)], as_json=as_json)
+
+
+@app.command()
+def pin(name: Version, *, data_dir: DataDir = DATA_DIR) -> None:
+    """Keep a version, whatever its run's retention says."""
+    with_admin(data_dir, lambda a: a.call(a.stub.PinModel, pb.PinModelRequest(name=name)))
+    typer.echo(f"{name} is kept until `fedserver model unpin {name}`")
+
+
+@app.command()
+def unpin(name: Version, *, data_dir: DataDir = DATA_DIR) -> None:
+    """Leave a version to its run's retention, which may delete it at once."""
+    answer = with_admin(data_dir, lambda a: a.call(a.stub.UnpinModel, pb.UnpinModelRequest(name=name)))
+    what = "its run's retention keeps it for now" if answer.kept else "it is deleted, for its run's retention ends"
+    typer.echo(f"{name} is not pinned; {what}")
 
 
 def _progress(what: str) -> Progress:

@@ -37,15 +37,17 @@ def list_rounds(run: RunName, *, as_json: Json = False, data_dir: DataDir = DATA
 @app.command()
 def show(
     run: RunName,
-    number: Annotated[int, typer.Argument(help="Number of the round, from 1.")],
+    number: Annotated[int, typer.Argument(help="Number of the round, from 1.", min=1)],
     *,
+    attempt: Annotated[int | None, typer.Option(min=1, help="Which attempt at it. Default: the newest.")] = None,
     as_json: Json = False,
     data_dir: DataDir = DATA_DIR,
 ) -> None:
     """Show one round: every task, its fate and why."""
 
     async def work(admin: Admin) -> pb.Round:
-        found: pb.Round = (await admin.call(admin.stub.GetRound, pb.GetRoundRequest(run=run, number=number))).round
+        request = pb.GetRoundRequest(run=run, number=number, attempt=attempt or 0)
+        found: pb.Round = (await admin.call(admin.stub.GetRound, request)).round
         return found
 
     found = with_admin(data_dir, work)
@@ -67,7 +69,9 @@ def _show(found: pb.Round, *, as_json: bool) -> None:
     if as_json:
         print_list([found], [], as_json=True)
         return
-    typer.echo(f"round {found.number} of {found.run}: {found.phase}{', ' + found.reason if found.reason else ''}")
+    attempt = f", attempt {found.attempt}" if found.attempt > 1 else ""
+    reason = f", {found.reason}" if found.reason else ""
+    typer.echo(f"round {found.number} of {found.run}{attempt}: {found.phase}{reason}")
     columns = [
         ("client", lambda t: t.client),
         ("task", lambda t: t.kind),

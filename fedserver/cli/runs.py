@@ -74,6 +74,18 @@ def show(run: RunName, *, as_json: Json = False, data_dir: DataDir = DATA_DIR) -
 
 
 @app.command()
+def why(run: RunName, *, as_json: Json = False, data_dir: DataDir = DATA_DIR) -> None:
+    """Say in one sentence what a run waits for: on whom, since when, how far they are, what will end it."""
+
+    async def work(admin: Admin) -> pb.ExplainRunResponse:
+        found: pb.ExplainRunResponse = await admin.call(admin.stub.ExplainRun, pb.ExplainRunRequest(run=run))
+        return found
+
+    found = with_admin(data_dir, work)
+    print_one(found, [(f"run {found.run}:", found.waiting)], as_json=as_json)
+
+
+@app.command()
 def watch(run: RunName, *, as_json: Json = False, data_dir: DataDir = DATA_DIR) -> None:
     """Show a run from its first event until it ends; reattaches when the connection is lost."""
 

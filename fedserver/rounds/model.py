@@ -68,7 +68,7 @@ class Round:
     tasks: Mapping[str, Entry] = field(default_factory=dict)
     """By client name."""
     deadline_at: float | None = None
-    """Seconds since the epoch; set when the tasks are written."""
+    """When the phase it is in ends at the latest, in seconds since the epoch: SELECT fails then, COLLECT closes."""
     reason: str = ""
     """Why it failed."""
 
@@ -92,6 +92,10 @@ class SitesChanged:
 
     eligible: frozenset[str]
     now: float
+    returning: frozenset[str] = frozenset()
+    """Sites that would be eligible, were connected when the server stopped, and still have time to come back."""
+    absent: str = ""
+    """Who is not among the eligible, and why; for the reason of a failure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +166,8 @@ class Fail:
     """Close every task; try the round again, or fail the run."""
 
     reason: str
+    final: bool = False
+    """Another attempt would be no better: the run fails."""
 
 
 Action = IssueTasks | Reissue | Aggregate | Fail

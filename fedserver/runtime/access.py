@@ -50,7 +50,7 @@ class BlobAccess(Protocol):
         The list has been checked against the digest.
 
         Raises:
-            FedlinkError: TASK_NOT_FOUND, ROUND_CLOSED, TOO_LARGE, DISK_FULL.
+            FedlinkError: TASK_NOT_FOUND, ROUND_CLOSED, TOO_LARGE, DISK_FULL, DRAINING.
         """
         ...
 

@@ -73,6 +73,10 @@ class OpenTask:
     heard: float = field(default_factory=time.time)
     since: float = field(default_factory=time.time)
     """When it was fetched."""
+    handed_in: float = 0.0
+    """When its result came that is being checked."""
+    sending: bool = False
+    """Its update has begun to come in."""
     bytes_down: int = 0
     bytes_up: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
@@ -114,6 +118,8 @@ class TaskBoard:
         self._by_client: dict[str, dict[bytes, OpenTask]] = defaultdict(dict)
         self._news: dict[str, asyncio.Event] = defaultdict(asyncio.Event)
         self._polls: dict[str, asyncio.Event] = {}
+        self.draining = False
+        """No task is handed out and nothing new begins; the server ends soon."""
 
     # --- What is on it
 
@@ -142,6 +148,10 @@ class TaskBoard:
     def of_run(self, run_id: int) -> list[OpenTask]:
         """A run's open tasks."""
         return [t for t in self._by_token.values() if t.row.run_id == run_id]
+
+    def all(self) -> list[OpenTask]:
+        """Every open task."""
+        return list(self._by_token.values())
 
     def of_client(self, client: str) -> list[OpenTask]:
         """A site's open tasks."""
@@ -195,7 +205,7 @@ class TaskBoard:
     async def poll(self, client: str, held: Collection[bytes], wait: float) -> OpenTask | None:
         """Wait for a task that the site does not hold; evaluation before training, then oldest first.
 
-        A newer poll of the same site ends this one.
+        A newer poll of the same site ends this one, and draining ends every poll.
         """
         superseded = asyncio.Event()
         previous, self._polls[client] = self._polls.get(client), superseded
@@ -203,7 +213,7 @@ class TaskBoard:
             previous.set()
         deadline = time.monotonic() + wait
         try:
-            while not superseded.is_set():
+            while not superseded.is_set() and not self.draining:
                 self._news[client].clear()
                 waiting = [t for t in self.of_client(client) if t.token not in held or t.reopened]
                 now = time.monotonic()
@@ -223,8 +233,9 @@ class TaskBoard:
         if client in self._polls:
             self._polls[client].set()
 
-    def wake_all(self) -> None:
-        """End every poll now (the server is shutting down)."""
+    def drain(self) -> None:
+        """Hand out no task from now on."""
+        self.draining = True
         for superseded in self._polls.values():
             superseded.set()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Mapping
 
 from fedlink import log as logs
@@ -70,7 +71,7 @@ class Completions:
         _check_claim(task, claim)
         await self._engine.revive(task)
         if task.check is None:
-            task.claim = claim
+            task.claim, task.handed_in = claim, time.time()
             task.check = asyncio.create_task(self._judge(task, claim))
             task.check.add_done_callback(_seen)
         elif task.claim != claim:

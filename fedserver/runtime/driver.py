@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import math
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from sqlalchemy import Connection
 from fedlink import log as logs
 from fedlink.errors import FedlinkError, Reason
 from fedlink.failpoints import reach
+from fedserver.rounds.explain import RunView, Wait, absentees, account
 from fedserver.rounds.machine import step
 from fedserver.rounds.model import (
     Action,
@@ -104,6 +106,7 @@ class RunDriver:
         self._ended = ended
         self._lock = asyncio.Lock()
         self._aggregation: asyncio.Task[None] | None = None
+        self._aggregating_since = 0.0
         self._tidying: set[asyncio.Task[None]] = set()
         self._evaluations = Evaluations(row, parts.board)
         self._failures = 0
@@ -149,9 +152,13 @@ class RunDriver:
 
     @_serial
     async def tick(self, now: float) -> None:
-        """Time has passed."""
-        await self._apply(Tick(now))
-        await self._close_evaluations(now)
+        """Time has passed; while the server drains, no deadline does."""
+        if self.round is not None and self.round.phase is Phase.SELECT:
+            if self.round.deadline_at is not None and now >= self.round.deadline_at:
+                await self._try_select()
+        elif not self._board.draining:
+            await self._apply(Tick(now))
+        await self._close_evaluations(-math.inf if self._board.draining else now)
         await self._resume()
 
     @_serial
@@ -217,7 +224,12 @@ class RunDriver:
             raise FedlinkError(Reason.RUN_STATE, f"run {self.row.name!r} is {self.row.state}")
         wanted = "paused" if paused else "active"
         if self.row.state != wanted:
-            await self._set_state(wanted, "run_paused" if paused else "run_resumed")
+            renewed = self.round
+            if renewed is not None and renewed.phase is Phase.SELECT and not paused:
+                # Nobody could start it meanwhile, so the time to start it begins anew.
+                renewed = replace(renewed, deadline_at=self._start_by())
+            await self._set_state(wanted, "run_paused" if paused else "run_resumed", renewed)
+            self.round = renewed
             await self._try_select()
 
     @_serial
@@ -281,7 +293,7 @@ class RunDriver:
         train = [t.row.id for t in self._board.of_run(run.id) if t.row.kind == "train"]
         match action:
             case IssueTasks(clients=clients):
-                evaluators = self.eligible("evaluate")[0] if run.version == 0 else []
+                evaluators = self._evaluators() if run.version == 0 else []
 
                 def issue(c: Connection) -> None:
                     issued.extend(records.issue_train(c, run, after, clients, 1))
@@ -308,7 +320,7 @@ class RunDriver:
         if isinstance(action, Aggregate):
             self._begin_aggregation()
         elif isinstance(action, Fail):
-            await self._after_failure(action.reason)
+            await self._after_failure(action)
 
     async def _move(self, task: OpenTask, state: TaskState) -> None:
         if self._board.get(task.token) is task and task.state is not state:
@@ -318,31 +330,42 @@ class RunDriver:
             else:
                 await self._close_evaluations(time.time())
 
-    async def _after_failure(self, reason: str) -> None:
+    async def _after_failure(self, action: Fail) -> None:
         failed = self.round
         assert failed is not None
         self._failures += 1
-        self._log.warning("round failed", round=failed.number, attempt=failed.attempt, reason=reason)
+        self._log.warning("round failed", round=failed.number, attempt=failed.attempt, reason=action.reason)
         await self._drop_updates(failed)
-        if self._failures >= failed.policy.round_attempts:
-            await self._end("failed", f"round {failed.number} failed {self._failures} times, last because {reason}")
+        if action.final:
+            await self._end("failed", f"round {failed.number} could not start: {action.reason}")
+        elif self._failures >= failed.policy.round_attempts:
+            reason = f"round {failed.number} failed {self._failures} times, last because {action.reason}"
+            await self._end("failed", reason)
         else:
             await self._open_round(failed.number)
 
     async def _try_select(self) -> None:
-        if self.row.state == "active":
-            await self._apply(SitesChanged(frozenset(self.eligible()[0]), time.time()))
+        if self.row.state == "active" and not self._board.draining:
+            view = self._view()
+            await self._apply(SitesChanged(view.eligible, view.now, view.returning, absentees(view)))
 
     async def _open_round(self, number: int) -> None:
-        attempt = await self._db.run(lambda c: records.open_round(c, self.row.id, number))
+        start_by = self._start_by()
+        attempt = await self._db.run(lambda c: records.open_round(c, self.row.id, number, start_by))
         reach("round.opened")
-        self.round = Round(self.row.name, number, attempt, self._spec.cohort, self._spec.seed)
+        opened = Round(self.row.name, number, attempt, self._spec.cohort, self._spec.seed)
+        self.round = replace(opened, deadline_at=start_by)
         await self._try_select()
+
+    def _start_by(self) -> float | None:
+        patience = self._spec.cohort.start_deadline
+        return time.time() + patience if patience else None
 
     # --- The next version
 
     def _begin_aggregation(self) -> None:
         assert self.round is not None
+        self._aggregating_since = time.monotonic()
         self._aggregation = asyncio.create_task(self._aggregate(self.round))
 
     async def _aggregate(self, current: Round) -> None:
@@ -379,7 +402,7 @@ class RunDriver:
     ) -> None:
         after, _ = step(current, Aggregated())
         number, run = current.number, self.row
-        evaluators, stale = self.eligible("evaluate")[0], self._evaluations.stale(number)
+        evaluators, stale = self._evaluators(), self._evaluations.stale(number)
         issued: list[TaskRow] = []
 
         def work(c: Connection) -> None:
@@ -487,9 +510,11 @@ class RunDriver:
         self._tidy()
         self._ended(self.row.id)
 
-    async def _set_state(self, state: str, kind: str) -> None:
+    async def _set_state(self, state: str, kind: str, current: Round | None = None) -> None:
         def work(c: Connection) -> None:
             q.save_run(c, self.row.id, state=state)
+            if current is not None:
+                records.save_round(c, self.row.id, current)
             q.add_event(c, self.row.id, kind, {}, time.time())
 
         await self._commit(work)
@@ -505,17 +530,32 @@ class RunDriver:
 
     # --- Views
 
-    def eligible(self, ability: str = "") -> tuple[list[str], dict[str, str]]:
-        """Connected sites that can take part, and why others cannot."""
-        return outlook.eligible(self.row.name, self._spec, self._parts.sites, ability)
+    def _evaluators(self) -> list[str]:
+        """Who measures a version: also sites that are still on their way back after the server's restart."""
+        late = outlook.returning(self.row.name, self._spec, self._parts.sites, "evaluate")
+        return sorted([*outlook.eligible(self.row.name, self._spec, self._parts.sites, "evaluate")[0], *late])
+
+    @property
+    def aggregating(self) -> bool:
+        """Whether the next version is being made."""
+        under_way = self._aggregation is not None and not self._aggregation.done()
+        return under_way or (self.round is not None and self.round.phase is Phase.AGGREGATE)
 
     def waiting(self) -> str:
         """One sentence: what the run waits for; empty if for nothing."""
-        return outlook.waiting(
+        return self.account().sentence
+
+    def account(self) -> Wait:
+        """What the run waits for, in its parts."""
+        return account(self._view())
+
+    def _view(self) -> RunView:
+        return outlook.view(
             self.row,
             self._spec,
             self.round,
             sites=self._parts.sites,
             board=self._board,
             evaluations=self._evaluations,
+            aggregating=time.monotonic() - self._aggregating_since,
         )

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 from pydantic import ValidationError
@@ -21,6 +21,7 @@ from fedserver.rounds.model import TaskState
 from fedserver.rounds.selection import refusal
 from fedserver.runtime.board import OpenTask
 from fedserver.runtime.driver import Parts, RunDriver
+from fedserver.runtime.underway import UnderWay
 from fedserver.runtime.versions import version_owner
 from fedserver.runtime.whole import whole
 from fedserver.store.queries import models as model_queries
@@ -37,7 +38,11 @@ class Engine:
 
     Args:
         parts: the rest of the server.
-        sites_changed: set when a site came or changed what it offers; the runs hear of it soon.
+        sites_changed: set when a site came, went or changed what it offers; the runs hear of it soon.
+
+    Attributes:
+        writers: each says who sends bytes at this moment; the services add themselves.
+        drained: set when a draining server has nothing more to finish.
     """
 
     def __init__(self, parts: Parts, sites_changed: asyncio.Event) -> None:
@@ -48,6 +53,8 @@ class Engine:
         # Runs begin, and ended ones go on, one at a time: a run must never have two drivers.
         self._beginning = asyncio.Lock()
         self._loops: list[asyncio.Task[None]] = []
+        self.writers: list[Callable[[], Iterable[str]]] = []
+        self.drained = asyncio.Event()
         self._log = logs.get("engine")
 
     async def start(self) -> None:
@@ -142,9 +149,11 @@ class Engine:
     def _check_offers(self, spec: RunSpec) -> None:
         """Refuse settings that every connected site with the workload refuses; a run may wait for other sites."""
         ability = "gradient" if spec.strategy == "fedsgd" else "train"
+        sites = self._parts.sites
+        late = {s.name: s.offers for s in sites.absent() if sites.returning(s)}
         verdicts = {
             name: refusal(offers, run=spec.name or "", workload=spec.workload, ability=ability, settings=spec.settings)
-            for name, offers in self._parts.sites.offers().items()
+            for name, offers in (sites.offers() | late).items()
             if spec.workload in offers
         }
         if verdicts and all(verdicts.values()):
@@ -206,12 +215,31 @@ class Engine:
                 await self._drive(await self.find(name), extended=True)
             return await self.find(name)
 
+    # --- Draining
+
+    def drain(self) -> None:
+        """Let nothing new begin from now on; `drained` is set when what is under way is finished."""
+        if not self._parts.board.draining:
+            self._log.info("draining", under_way=str(self.under_way()))
+            self._parts.board.drain()
+
+    def under_way(self) -> UnderWay:
+        """What would be half-done if the server ended now."""
+        tasks = self._parts.board.all()
+        uploads = {t.client for t in tasks if t.check or (t.sending and t.state is TaskState.RUNNING)}
+        uploads |= {name for writer in self.writers for name in writer()}
+        aggregations = [d.row.name for d in self._drivers.values() if d.aggregating]
+        return UnderWay(tuple(sorted(uploads)), tuple(sorted(aggregations)))
+
     # --- Time
 
     async def _clock(self) -> None:
         board, sites = self._parts.board, self._parts.sites
         while True:
             await asyncio.sleep(_TICK_SECONDS)
+            await self._guarded(sites.look_round)
+            if board.draining and not self.under_way():
+                self.drained.set()
             for task in board.lapsed(set(sites.offers())):
                 if (of_run := self._drivers.get(task.row.run_id)) is not None:
                     await self._guarded(lambda of_run=of_run, task=task: of_run.task_lapsed(task))  # type: ignore[misc]

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from fedlink.run_file import RunSpec
-from fedserver.rounds.explain import Doing, RunView, explain
+from fedserver.rounds.explain import Doing, RunView
 from fedserver.rounds.model import Entry, Phase, Round, TaskState
-from fedserver.rounds.selection import refusal
+from fedserver.rounds.selection import Offer, refusal
 from fedserver.runtime.board import OpenTask, TaskBoard
 from fedserver.runtime.evaluations import Evaluations
-from fedserver.runtime.sites import SiteRegistry
+from fedserver.runtime.sites import Site, SiteRegistry
 from fedserver.store.rows import RoundRow, RunRow, TaskRow
 
 
@@ -25,18 +25,15 @@ def eligible(run: str, spec: RunSpec, sites: SiteRegistry, ability: str = "") ->
         sites: every site.
         ability: "evaluate"; by default what the run's strategy trains with.
     """
-    wanted = ability or ("gradient" if spec.strategy == "fedsgd" else "train")
-    if wanted == "evaluate" and not spec.evaluation.enabled:
+    wanted = _ability(spec, ability)
+    if not wanted:
         return [], {}
-    verdicts = {
-        name: refusal(offers, run=run, workload=spec.workload, ability=wanted, settings=spec.settings)
-        for name, offers in sites.offers().items()
-    }
+    verdicts = {name: _refusal(run, spec, offers, wanted) for name, offers in sites.offers().items()}
     fine = sorted(name for name, why in verdicts.items() if why is None)
     return fine, {name: why for name, why in verdicts.items() if why is not None}
 
 
-def waiting(
+def view(
     run: RunRow,
     spec: RunSpec,
     current: Round | None,
@@ -44,25 +41,67 @@ def waiting(
     sites: SiteRegistry,
     board: TaskBoard,
     evaluations: Evaluations,
-) -> str:
-    """One sentence: what a run waits for; empty if for nothing."""
+    aggregating: float,
+) -> RunView:
+    """What is known of a live run at this moment.
+
+    Args:
+        run: its row.
+        spec: its run file.
+        current: its round.
+        sites: every site.
+        board: the open tasks.
+        evaluations: the run's.
+        aggregating: seconds the aggregation under way has taken.
+    """
     now = time.time()
     fine, refusals = eligible(run.name, spec, sites)
     # Training last, so that it is what is told of a site that has both kinds open.
     tasks = sorted(board.of_run(run.id), key=lambda t: t.row.kind)
-    return explain(
-        RunView(
-            state=run.state,
-            workload=spec.workload,
-            round=current,
-            now=now,
-            eligible=frozenset(fine),
-            refusals=refusals,
-            doing={t.client: _doing(t, now) for t in tasks},
-            evaluation=evaluations.states(run.version) if current is None else {},
-            evaluation_seconds_left=evaluations.seconds_left(run.version),
-        )
+    away = _away(run.name, spec, sites)
+    return RunView(
+        state=run.state,
+        workload=spec.workload,
+        round=current,
+        now=now,
+        eligible=frozenset(fine),
+        refusals=refusals,
+        away={s.name: now - s.last_seen for s in away},
+        returning=frozenset(s.name for s in away if sites.returning(s)),
+        grace_left=sites.grace_left,
+        doing={t.client: _doing(t, now) for t in tasks},
+        aggregating=aggregating,
+        evaluation=evaluations.states(run.version) if current is None else {},
+        evaluation_seconds_left=evaluations.seconds_left(run.version),
+        draining=board.draining,
     )
+
+
+def ended(run: RunRow) -> RunView:
+    """What is known of a run that has ended."""
+    return RunView(state=run.state, workload=run.parsed.workload, round=None, now=time.time(), reason=run.reason)
+
+
+def returning(run: str, spec: RunSpec, sites: SiteRegistry, ability: str = "") -> list[str]:
+    """Sites that would be `eligible`, were there when the server stopped, and still have time to come back."""
+    return [s.name for s in _away(run, spec, sites, ability) if sites.returning(s)]
+
+
+def _away(run: str, spec: RunSpec, sites: SiteRegistry, ability: str = "") -> list[Site]:
+    """Sites that could take part if they were connected."""
+    wanted = _ability(spec, ability)
+    return [s for s in sites.absent() if wanted and _refusal(run, spec, s.offers, wanted) is None]
+
+
+def _ability(spec: RunSpec, ability: str) -> str:
+    """What a site has to be able to do; empty if nobody is to do it."""
+    if ability == "evaluate" and not spec.evaluation.enabled:
+        return ""
+    return ability or ("gradient" if spec.strategy == "fedsgd" else "train")
+
+
+def _refusal(run: str, spec: RunSpec, offers: Mapping[str, Offer], ability: str) -> str | None:
+    return refusal(offers, run=run, workload=spec.workload, ability=ability, settings=spec.settings)
 
 
 def restored(run: RunRow, found: RoundRow, tasks: Sequence[TaskRow], *, not_before: float) -> Round:
@@ -78,5 +117,9 @@ def restored(run: RunRow, found: RoundRow, tasks: Sequence[TaskRow], *, not_befo
 
 
 def _doing(task: OpenTask, now: float) -> Doing:
-    since = task.heard if task.state is TaskState.AWAY else task.since
+    since = task.since if task.fetched else task.row.issued
+    if task.state is TaskState.AWAY:
+        since = task.heard
+    elif task.state is TaskState.CHECKING:
+        since = task.handed_in
     return Doing(task.activity, task.done, task.total, now - since, task.held_back)

@@ -31,15 +31,15 @@ def save_round(c: Connection, run_id: int, after: Round) -> None:
     q.save_round(c, run_id, after.number, after.attempt, **values)
 
 
-def open_round(c: Connection, run_id: int, number: int) -> int:
-    """Add the next attempt at a round.
+def open_round(c: Connection, run_id: int, number: int, deadline_at: float | None) -> int:
+    """Add the next attempt at a round, which has until `deadline_at` to find its sites.
 
     Returns:
         Which attempt it is.
     """
     before = q.newest_round(c, run_id, number)
     attempt = before.attempt + 1 if before else 1
-    q.insert_round(c, run_id, number, attempt, phase=Phase.SELECT, now=time.time())
+    q.insert_round(c, run_id, number, attempt, phase=Phase.SELECT, now=time.time(), deadline_at=deadline_at)
     return attempt
 
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from sqlalchemy import Connection
+
 from fedlink import MIN_PROTOCOL_VERSION, PROTOCOL_VERSION
 from fedlink import log as logs
 from fedlink.config import check_name
@@ -40,6 +42,8 @@ class Site:
     offers: Mapping[str, Offer] = field(default_factory=dict)
     registration: pb.RegisterClientRequest = field(default_factory=pb.RegisterClientRequest)
     last_seen: float = 0.0
+    heard: float | None = None
+    """When it was last heard of, on the monotonic clock; None if not since the server started."""
     polls: int = 0
     """Polls that are being held right now."""
 
@@ -61,7 +65,7 @@ class SiteRegistry:
         database: where sites are kept.
         lease_term: seconds without a sign after which a site counts as gone.
         proof: how a site proves who it is.
-        changed: called when a site connects or changes what it offers.
+        changed: called when a site comes, goes or changes what it offers.
     """
 
     def __init__(self, database: Database, *, lease_term: float, proof: Proof, changed: Callable[[], None]) -> None:
@@ -70,18 +74,24 @@ class SiteRegistry:
         self._proof = proof
         self._changed = changed
         self._sites: dict[str, Site] = {}
+        # On the monotonic clock: until then, sites that were there when the server stopped may come back.
+        self._grace_ends = 0.0
         # Between looking at a site and writing it, nobody else may change it.
         self._changing = asyncio.Lock()
         self._log = logs.get("sites")
 
     async def load(self) -> None:
-        """Read the sites known; sessions of before a restart stay good."""
+        """Read the sites known; sessions of before a restart stay good.
+
+        Sites that were there when the server stopped have a lease term from now to come back.
+        """
         for row in await self._db.run(q.all_clients):
             self._sites[row.name] = self._loaded(row)
+        self._grace_ends = time.monotonic() + self._lease_term
 
     def _loaded(self, row: ClientRow) -> Site:
         seen = row.last_seen or 0.0
-        if not row.registration or not row.session:
+        if not row.registration:
             return Site(row, last_seen=seen)
         request = pb.RegisterClientRequest.FromString(row.registration)
         try:
@@ -129,7 +139,8 @@ class SiteRegistry:
         if name not in self._sites:
             raise FedlinkError(Reason.CLIENT_NOT_FOUND, f"there is no client {name!r}")
         async with self._changing:
-            await self._save(name, revoked=True, session=None, instance_id=None)
+            await self._save(name, revoked=True, session=None, instance_id=None, present=False)
+        self._changed()
 
     def admit(self, name: str) -> str:
         """The name of the site that makes a call, which its certificate has proven.
@@ -189,7 +200,8 @@ class SiteRegistry:
         async with self._changing:
             session, same = await self._open(name, request)
             site = self._sites[name]
-            site.offers, site.registration, site.last_seen = offers, request, time.time()
+            site.offers, site.registration = offers, request
+            site.last_seen, site.heard = time.time(), time.monotonic()
         self._log.info("registered", client=name, workloads=sorted(offers), again=same)
         self._changed()
         return session
@@ -211,6 +223,7 @@ class SiteRegistry:
             instance_id=request.instance_id,
             registration=request.SerializeToString(),
             last_seen=time.time(),
+            present=True,
         )
         return session, same
 
@@ -242,20 +255,51 @@ class SiteRegistry:
         async with self._changing:
             if site.row.session != session:
                 return False
-            await self._save(site.name, session=None, instance_id=None, last_seen=time.time())
+            await self._save(site.name, session=None, instance_id=None, last_seen=time.time(), present=False)
+        self._changed()
         self._log.info("left", client=site.name)
         return True
 
     def seen(self, site: Site) -> None:
         """Note a sign of life; one that had been away is back."""
         was_here = self.connected(site)
-        site.last_seen = time.time()
+        site.last_seen, site.heard = time.time(), time.monotonic()
         if not was_here:
             self._changed()
 
     def connected(self, site: Site) -> bool:
         """Whether a site is there: it has a session, and holds a poll or was heard of within the lease term."""
-        return site.row.session is not None and (site.polls > 0 or time.time() - site.last_seen < self._lease_term)
+        if site.row.session is None or site.heard is None:
+            return False
+        return site.polls > 0 or time.monotonic() - site.heard < self._lease_term
+
+    def returning(self, site: Site) -> bool:
+        """Whether a site that was there when the server stopped may yet come back: it has a lease term for that."""
+        was_there = site.row.session is not None and site.row.present and site.heard is None
+        return was_there and self.grace_left > 0
+
+    @property
+    def grace_left(self) -> float:
+        """Seconds that sites which were there when the server stopped still have to come back."""
+        return max(0.0, self._grace_ends - time.monotonic())
+
+    async def look_round(self) -> None:
+        """Write down which sites have come or gone since the last look, for the start after a crash."""
+        changed = [s for s in self._sites.values() if s.row.present is not (self.connected(s) or self.returning(s))]
+        if not changed:
+            return
+        async with self._changing:
+            there = {s.name: self.connected(s) or self.returning(s) for s in changed}
+            seen = {s.name: s.last_seen or None for s in changed}
+
+            def work(c: Connection) -> None:
+                for name, present in there.items():
+                    q.save_client(c, name, time.time(), present=present, last_seen=seen[name])
+
+            await self._db.run(work)
+            for site in changed:
+                site.row = replace(site.row, present=there[site.name], last_seen=seen[site.name])
+        self._changed()
 
     # --- Views
 
@@ -270,6 +314,10 @@ class SiteRegistry:
     def offers(self) -> dict[str, Mapping[str, Offer]]:
         """What each connected site offers."""
         return {s.name: s.offers for s in self._sites.values() if self.connected(s)}
+
+    def absent(self) -> list[Site]:
+        """Sites that have come before, are not connected and may come again."""
+        return [s for s in self.all() if s.offers and not s.row.revoked and not self.connected(s)]
 
     async def _save(self, name: str, **values: Any) -> None:
         def work(c: Any) -> ClientRow:

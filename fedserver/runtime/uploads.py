@@ -34,6 +34,7 @@ from fedserver.store.spool import Spool
 
 _MAX_TASK_UPLOADS = 20_000
 _CACHED_TENSORS = 200_000
+_DRAIN_PAUSE = 2.0
 
 
 def max_update_bytes(model: Manifest, spec: RunSpec) -> int:
@@ -114,6 +115,10 @@ class TaskBlobAccess:
     async def start_upload(self, caller: Caller, purpose: Purpose, ref: BlobRef, chunk_digests: bytes) -> bytes:
         """See `BlobAccess`."""
         task = await self._task(caller, purpose)
+        if self._board.draining and not (task and task.sending):
+            raise FedlinkError(
+                Reason.DRAINING, "the server is stopping; send it when the server is back", retry_after=_DRAIN_PAUSE
+            )
         if ref.size > MAX_BLOB_SIZE:
             raise FedlinkError(Reason.TOO_LARGE, f"a blob of {ref.size} bytes is over the limit of {MAX_BLOB_SIZE}")
         # One at a time, so that two calls for the same bytes find one slot and the sum is right.
@@ -121,6 +126,7 @@ class TaskBlobAccess:
             upload_id = await self._find_or_create(caller, purpose, task, ref, chunk_digests)
         if task is not None and self._board.get(task.token) is task:
             self._tokens[upload_id] = task.token
+            task.sending = True
         return upload_id
 
     async def _find_or_create(

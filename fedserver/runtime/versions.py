@@ -7,7 +7,7 @@ import contextlib
 import shutil
 import time
 from collections.abc import AsyncIterator, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sqlalchemy import Connection
@@ -235,13 +235,13 @@ class Versions:
     # --- What goes
 
     async def retire(self, run_id: int) -> None:
-        """Delete what the run's retention does not keep, unless a task refers to it or it may yet be the best."""
+        """Delete what the run's retention does not keep, unless it is pinned, in use or may yet be the best."""
 
         def work(c: Connection) -> set[bytes]:
             run = run_queries.run_by_id(c, run_id)
             kept = run_queries.list_versions(c, run_id)
             wanted = {v.number for v in kept[-run.parsed.retention.keep_versions :]} | {run.best_version}
-            wanted |= task_queries.versions_in_use(c, run_id)
+            wanted |= {v.number for v in kept if v.pinned} | task_queries.versions_in_use(c, run_id)
             if run.state in run_queries.LIVE_STATES:
                 wanted |= set(task_queries.versions_in_evaluation(c, run_id))
             dropped: set[bytes] = set()
@@ -255,6 +255,40 @@ class Versions:
             dropped = await self._db.run(work)
             reach("versions.retired")
             await self._collect(dropped)
+
+    async def pin(self, name: str) -> VersionRow:
+        """Keep a version, "RUN@VERSION", whatever the run's retention says.
+
+        Raises:
+            FedlinkError: MODEL_NOT_FOUND, naming the versions that are kept.
+        """
+        _check_version_name(name)
+
+        def work(c: Connection) -> VersionRow:
+            version = _version_named(c, name, kept=True)
+            run_queries.save_version(c, version.run_id, version.number, pinned=True)
+            return replace(version, pinned=True)
+
+        return await self._db.run(work)
+
+    @whole
+    async def unpin(self, name: str) -> VersionRow:
+        """Leave a version, "RUN@VERSION", to the run's retention, which may delete it at once.
+
+        Raises:
+            FedlinkError: MODEL_NOT_FOUND if there never was such a version, naming those that are kept.
+        """
+        _check_version_name(name)
+
+        def work(c: Connection) -> VersionRow:
+            version = _version_named(c, name, kept=False)
+            run_queries.save_version(c, version.run_id, version.number, pinned=False)
+            return version
+
+        version = await self._db.run(work)
+        if version.pinned:
+            await self.retire(version.run_id)
+        return await self._db.run(lambda c: _version_named(c, name, kept=False))
 
     async def _collect(self, digests: Collection[bytes]) -> None:
         """Delete those of these blobs that nobody needs; `blobs_lock` is held."""
@@ -285,30 +319,40 @@ class Versions:
         Raises:
             FedlinkError: MODEL_NOT_FOUND, naming what there is instead.
         """
-        run_name, at, number = name.partition("@")
-        if at and not (number.isascii() and number.isdigit() and len(number) < 10):
-            raise FedlinkError(Reason.MODEL_NOT_FOUND, f"{name!r} is not MODEL, RUN or RUN@VERSION")
 
-        def work(c: Connection) -> tuple[str, ModelRow | VersionRow] | list[int] | None:
-            if not at and (row := model_queries.model(c, name)):
+        def work(c: Connection) -> tuple[str, ModelRow | VersionRow]:
+            if "@" not in name and (row := model_queries.model(c, name)):
                 return name, row
-            run = run_queries.run_by_name(c, run_name)
-            if run is None:
-                return None
-            version = run_queries.version(c, run.id, int(number) if at else run.version)
-            if version is None or not version.kept:
-                return [v.number for v in run_queries.list_versions(c, run.id)]
-            return f"{run.name}@{version.number}", version
+            version = _version_named(c, name, kept=True)
+            return f"{name.partition('@')[0]}@{version.number}", version
 
-        found = await self._db.run(work)
-        if found is None:
-            raise FedlinkError(
-                Reason.MODEL_NOT_FOUND, f"there is no model or run {run_name!r}; see `fedserver model list`"
-            )
-        if isinstance(found, list):
-            kept = ", ".join(f"{run_name}@{n}" for n in found)
-            raise FedlinkError(Reason.MODEL_NOT_FOUND, f"{name!r} is not kept; there is {kept}")
-        return found[0], found[1].manifest, found[1]
+        full_name, found = await self._db.run(work)
+        return full_name, found.manifest, found
+
+
+def _check_version_name(name: str) -> None:
+    # "the newest version" is another one a moment later, and an imported model is kept anyway.
+    if "@" not in name:
+        raise FedlinkError(Reason.MODEL_NOT_FOUND, f"{name!r} names no version; only RUN@VERSION is pinned")
+
+
+def _version_named(c: Connection, name: str, *, kept: bool) -> VersionRow:
+    """The version of "RUN@VERSION", or the newest one of "RUN"; only one whose files are here if it has to be `kept`.
+
+    Raises:
+        FedlinkError: MODEL_NOT_FOUND, naming the versions that are kept.
+    """
+    run_name, at, number = name.partition("@")
+    if at and not (number.isascii() and number.isdigit() and len(number) < 10):
+        raise FedlinkError(Reason.MODEL_NOT_FOUND, f"{name!r} is not MODEL, RUN or RUN@VERSION")
+    run = run_queries.run_by_name(c, run_name)
+    if run is None:
+        raise FedlinkError(Reason.MODEL_NOT_FOUND, f"there is no model or run {run_name!r}; see `fedserver model list`")
+    version = run_queries.version(c, run.id, int(number) if at else run.version)
+    if version is None or (kept and not version.kept):
+        there = ", ".join(f"{run_name}@{v.number}" for v in run_queries.list_versions(c, run.id))
+        raise FedlinkError(Reason.MODEL_NOT_FOUND, f"{name!r} is not kept; there is {there}")
+    return version
 
 
 def _same_model(c: Connection, name: str, ref: BlobRef) -> ModelRow | None:

@@ -14,7 +14,8 @@ from fedlink.errors import FedlinkError, Reason
 from fedlink.manifest import ref_from_pb
 from fedlink.v1 import admin_service_pb2 as pb
 from fedlink.v1 import admin_service_pb2_grpc as pb_grpc
-from fedserver.runtime import records
+from fedserver.rounds.explain import account
+from fedserver.runtime import outlook, records
 from fedserver.runtime.board import TaskBoard
 from fedserver.runtime.engine import Engine
 from fedserver.runtime.events import EventFeed
@@ -70,6 +71,14 @@ class AdminServicer(pb_grpc.AdminServiceServicer):
         """See the .proto."""
         await operator(context)
         return pb.GetRunResponse(run=self._run(await self._engine.find(request.run)))
+
+    @translated
+    async def ExplainRun(self, request: pb.ExplainRunRequest, context: Context) -> pb.ExplainRunResponse:
+        """See the .proto."""
+        await operator(context)
+        row = await self._engine.find(request.run)
+        driver = self._engine.driver(row.id)
+        return views.explanation(row, driver.account() if driver else account(outlook.ended(row)))
 
     @translated
     async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsResponse:
@@ -139,11 +148,13 @@ class AdminServicer(pb_grpc.AdminServiceServicer):
         """See the .proto."""
         await operator(context)
         run = await self._engine.find(request.run)
-        row = await self._db.run(lambda c: q.newest_round(c, run.id, request.number))
+        number, attempt = request.number, request.attempt
+        row = await self._db.run(
+            lambda c: q.round_attempt(c, run.id, number, attempt) if attempt else q.newest_round(c, run.id, number)
+        )
         if row is None:
-            raise FedlinkError(
-                Reason.ROUND_NOT_FOUND, f"run {run.name!r} has no round {request.number}; see `fedserver round list`"
-            )
+            which = f"attempt {attempt} at round {number}" if attempt else f"round {number}"
+            raise FedlinkError(Reason.ROUND_NOT_FOUND, f"run {run.name!r} has no {which}; see `fedserver round list`")
         return pb.GetRoundResponse(round=await self._round(run, row))
 
     @translated
@@ -210,13 +221,41 @@ class AdminServicer(pb_grpc.AdminServiceServicer):
         """See the .proto."""
         await operator(context)
         name, _, row = await self._versions.find(request.name)
-        best = False
         if isinstance(row, VersionRow):
-            run = await self._db.run(lambda c: q.run_by_id(c, row.run_id))
-            best = run.best_version == row.number
-        return pb.GetModelResponse(model=views.model_message(name, row, best=best))
+            return pb.GetModelResponse(model=await self._version(row))
+        return pb.GetModelResponse(model=views.model_message(name, row))
+
+    @translated
+    async def PinModel(self, request: pb.PinModelRequest, context: Context) -> pb.PinModelResponse:
+        """See the .proto."""
+        await operator(context)
+        return pb.PinModelResponse(model=await self._version(await self._versions.pin(request.name)))
+
+    @translated
+    async def UnpinModel(self, request: pb.UnpinModelRequest, context: Context) -> pb.UnpinModelResponse:
+        """See the .proto."""
+        await operator(context)
+        row = await self._versions.unpin(request.name)
+        return pb.UnpinModelResponse(model=await self._version(row), kept=row.kept)
+
+    # --- The server
+
+    @translated
+    async def DrainServer(self, request: pb.DrainServerRequest, context: Context) -> pb.DrainServerResponse:
+        """See the .proto."""
+        await operator(context)
+        if not request.look:
+            self._engine.drain()
+        left = self._engine.under_way()
+        return pb.DrainServerResponse(
+            waiting=str(left), uploads=left.uploads, aggregations=left.aggregations, draining=self._board.draining
+        )
 
     # --- Parts
+
+    async def _version(self, row: VersionRow) -> pb.Model:
+        run = await self._db.run(lambda c: q.run_by_id(c, row.run_id))
+        return views.model_message(f"{run.name}@{row.number}", row, best=run.best_version == row.number)
 
     def _run(self, row: RunRow) -> pb.Run:
         driver = self._engine.driver(row.id)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import Executor
 from typing import Any, TypeVar
@@ -138,7 +139,12 @@ class BlobServicer:
         with self.admission.place(caller):
             upload_id = await self._upload_named(requests)
             await self._access.owned(caller, upload_id)
-            return await self._writers.newest(upload_id, lambda: self._receive(upload_id, requests))
+            with self._writers.counted(caller.name):
+                return await self._writers.newest(upload_id, lambda: self._receive(upload_id, requests))
+
+    def writers(self) -> list[str]:
+        """Who sends bytes at this moment."""
+        return list(self._writers.names)
 
     @translated
     async def query_upload(self, request: pb.QueryUploadRequest, context: Context) -> pb.QueryUploadResponse:
@@ -228,6 +234,18 @@ class _Writers:
 
     def __init__(self) -> None:
         self._writing: dict[bytes, asyncio.Task[Any]] = {}
+        self.names: Counter[str] = Counter()
+
+    @contextlib.contextmanager
+    def counted(self, name: str) -> Iterator[None]:
+        """Hold a caller's name among those who write."""
+        self.names[name] += 1
+        try:
+            yield
+        finally:
+            self.names[name] -= 1
+            if not self.names[name]:
+                del self.names[name]
 
     async def newest(self, upload_id: bytes, work: Callable[[], Awaitable[T]]) -> T:
         """Do the work of a writer.

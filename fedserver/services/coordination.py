@@ -57,7 +57,6 @@ class CoordinationServicer(pb_grpc.CoordinationServiceServicer):
         self._completions = completions
         self._lease_term = lease_term
         self._max_poll_wait = max_poll_wait
-        self.draining = False
 
     @translated
     async def GetServerInfo(
@@ -90,7 +89,7 @@ class CoordinationServicer(pb_grpc.CoordinationServiceServicer):
         held = set(request.held_tokens)
         released = await self._board.released(site.name, held)
         # With something to let go of, the answer must not wait.
-        wait = 0.0 if released or self.draining else min(self._max_poll_wait, _seconds(request.wait))
+        wait = 0.0 if released else min(self._max_poll_wait, _seconds(request.wait))
         task = await self._poll(site, held, wait)
         # Once more: while the poll was held, the site may have lost its right to be answered.
         self._identity.site(context)
@@ -102,7 +101,7 @@ class CoordinationServicer(pb_grpc.CoordinationServiceServicer):
                 # A task that closed at this very moment is no task.
                 if self._board.get(task.token) is task:
                     raise
-        elif self.draining:
+        elif self._board.draining:
             response.retry_after.CopyFrom(_duration(2.0))
         return response
 

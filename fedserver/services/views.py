@@ -8,6 +8,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from fedlink.v1 import admin_service_pb2 as pb
 from fedlink.v1 import types_pb2
+from fedserver.rounds.explain import Doing, Wait
 from fedserver.runtime.board import OpenTask
 from fedserver.runtime.sites import Site
 from fedserver.store.rows import ModelRow, RoundRow, RunRow, TaskRow, VersionRow
@@ -35,6 +36,28 @@ def run_message(row: RunRow, waiting: str) -> pb.Run:
     )
     if row.ended is not None:
         out.ended.CopyFrom(timestamp(row.ended))
+    return out
+
+
+def explanation(row: RunRow, wait: Wait) -> pb.ExplainRunResponse:
+    """What a run waits for."""
+    out = pb.ExplainRunResponse(
+        run=row.name,
+        state=pb.RunState.Value(f"RUN_STATE_{row.state.upper()}"),
+        waiting=wait.sentence or "it waits for nothing: its next step is being taken",
+        endless=wait.endless,
+    )
+    for waited in wait.clients:
+        doing = waited.doing or Doing()
+        out.clients.add(
+            name=waited.client,
+            state=waited.state,
+            activity=doing.activity,
+            done=doing.done,
+            total=doing.total,
+            seconds=round(doing.seconds, 3),
+            held_back=round(doing.held_back, 3),
+        )
     return out
 
 
@@ -108,6 +131,7 @@ def model_message(name: str, row: ModelRow | VersionRow, *, best: bool = False) 
         tensors=row.tensors,
         metrics=row.means if isinstance(row, VersionRow) else {},
         best=best,
+        pinned=isinstance(row, VersionRow) and row.pinned,
         created=timestamp(row.created),
     )
 

@@ -17,7 +17,7 @@ from fedlink.errors import FedlinkError, Reason
 
 T = TypeVar("T")
 
-SCHEMA_REVISION = "0001"
+SCHEMA_REVISION = "0002"
 """The newest revision in migrations/versions."""
 _BATCH = 64
 """Transactions that may share one commit."""

@@ -35,6 +35,7 @@ class ClientRow(_Record):
     instance_id: bytes | None
     registration: bytes | None
     last_seen: float | None
+    present: bool
     created: float
 
 
@@ -92,6 +93,7 @@ class VersionRow(_Record):
     metrics: str
     evaluated: bool
     kept: bool
+    pinned: bool
     created: float
 
     @property

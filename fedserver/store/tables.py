@@ -42,6 +42,7 @@ clients = Table(
     Column("instance_id", LargeBinary),
     Column("registration", LargeBinary, comment="serialized RegisterClientRequest"),
     Column("last_seen", Float),
+    Column("present", Boolean, nullable=False, default=False, comment="was there when the server last looked"),
     Column("created", Float, nullable=False),
 )
 
@@ -87,6 +88,7 @@ versions = Table(
     Column("metrics", Text, nullable=False, default="{}", comment="means over clients, once evaluated"),
     Column("evaluated", Boolean, nullable=False, default=False, comment="its evaluation is over"),
     Column("kept", Boolean, nullable=False, default=True, comment="its files are still here"),
+    Column("pinned", Boolean, nullable=False, default=False, comment="kept whatever the retention says"),
     Column("created", Float, nullable=False),
 )
 

@@ -36,6 +36,8 @@ class Cohort(Config):
     """The least number of updates a round may be committed with; by default `min_clients`."""
     deadline: Seconds | None = Field(None, gt=0)
     """Seconds after which a round with a quorum closes, and one without fails and is tried again."""
+    start_deadline: Seconds | None = Field(None, gt=0)
+    """Seconds a round may wait for enough sites; then the run fails. By default it waits for ever."""
     task_retries: int = Field(2, ge=0, le=100)
     """Further attempts a site gets in one round after a failure that may pass."""
     round_attempts: int = Field(3, ge=1, le=1000)

@@ -314,7 +314,9 @@ async def test_cancelled_and_closed_tasks_are_dropped(server: FakeServer, site: 
     assert beats[-1].activity == pb.ExtendLeaseRequest.ACTIVITY_COMPUTING
 
 
-async def test_round_closed_on_upload(server: FakeServer, site: Site, tmp_path: Path) -> None:
+async def test_round_closed_on_upload(
+    server: FakeServer, site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = add_model(server, tmp_path / "model")
     server.state.faults["StartUpload"].append(FedlinkError(Reason.ROUND_CLOSED, "too late"))
     async with running(site):
@@ -323,6 +325,8 @@ async def test_round_closed_on_upload(server: FakeServer, site: Site, tmp_path: 
         server.state.tasks.clear()
         await server.until(lambda _: not journal(site))
     assert server.state.completed == []
+    [said] = [line for line in capsys.readouterr().out.splitlines() if "dropped a task that is over" in line]
+    assert "reason='too late'" in said
 
 
 async def test_verdicts(server: FakeServer, site: Site, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ async def test_a_site_whose_rights_change_has_its_poll_ended_and_no_other(table:
     table.board.wake("nobody")
     assert await asyncio.wait_for(a, 1.0) is None
     assert not b.done()
-    table.board.wake_all()
+    table.board.drain()
     assert await asyncio.wait_for(b, 1.0) is None
 
 
@@ -84,7 +84,7 @@ async def test_a_poll_is_woken_by_a_task_of_its_own_site_only(table: Table):
     assert task is not None
     assert task.client == "a"
     assert not b.done()
-    table.board.wake_all()
+    table.board.drain()
     assert await asyncio.wait_for(b, 1.0) is None
 
 

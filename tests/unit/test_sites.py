@@ -220,3 +220,42 @@ async def test_a_site_is_there_while_it_is_heard_or_polls(database: Database) ->
     assert not sites.connected(site)
     site.polls += 1
     assert sites.connected(site)
+
+
+async def test_a_site_that_was_there_when_the_server_stopped_has_a_term_to_come_back(database: Database) -> None:
+    before = registry(database)
+    sessions = {name: await before.register(name, hello()) for name in ("a", "b", "left", "revoked", "gone")}
+    await before.deregister(before.check_session("left", sessions["left"]), sessions["left"])
+    await before.revoke("revoked")
+    gone = before.check_session("gone", sessions["gone"])
+    gone.heard, gone.last_seen = -1e9, gone.last_seen - 1000
+    await before.look_round()
+
+    changes: list[None] = []
+    again = SiteRegistry(database, lease_term=0.5, proof=Proof.NONE, changed=lambda: changes.append(None))
+    await again.load()
+
+    def states() -> dict[str, str]:
+        return {
+            s.name: "connected" if again.connected(s) else "returning" if again.returning(s) else "away"
+            for s in again.all()
+        }
+
+    away = {"left": "away", "revoked": "away", "gone": "away"}
+    assert states() == {"a": "returning", "b": "returning", **away}
+    assert again.offers() == {}
+    assert [s.name for s in again.absent()] == ["a", "b", "left", "gone"]
+    again.check_session("a", sessions["a"])
+    assert states() == {"a": "connected", "b": "returning", **away}
+    changes.clear()
+    await again.look_round()
+    assert not changes
+    await asyncio.sleep(0.5)
+    assert states()["b"] == "away"
+    # That its time is over is news, and the next start does not wait for it again.
+    again.check_session("a", sessions["a"])
+    await again.look_round()
+    assert changes
+    third = registry(database)
+    await third.load()
+    assert [s.name for s in third.all() if third.returning(s)] == ["a"]

@@ -9,14 +9,19 @@ import time
 from pathlib import Path
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import OperationalError
 
 from fedlink.errors import FedlinkError, Reason
+from fedserver.store import migrations
 from fedserver.store.database import SCHEMA_REVISION, Database
+from fedserver.store.queries import clients as client_queries
 from fedserver.store.queries import models as q
+from fedserver.store.queries import runs as run_queries
 from fedserver.store.tables import metadata
 
 
@@ -119,6 +124,34 @@ def test_migrations_lead_to_the_tables(tmp_path: Path):
         assert compare_metadata(MigrationContext.configure(c), metadata) == []
         assert c.execute(text("SELECT version_num FROM alembic_version")).scalar() == SCHEMA_REVISION
     engine.dispose()
+
+
+async def test_a_database_of_the_first_schema_is_brought_up_to_date(tmp_path: Path):
+    url = f"sqlite:///{tmp_path / 'test.db'}"
+    engine = create_engine(url)
+    config = Config()
+    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+    with engine.begin() as c:
+        config.attributes["connection"] = c
+        command.upgrade(config, "0001")
+        values = "'r', x'01', '{}', 'active', 1, 1, '', 0.0"
+        c.exec_driver_sql(
+            f"INSERT INTO runs (name, request_id, spec, state, rounds, version, reason, created) VALUES ({values})"
+        )
+        c.exec_driver_sql("INSERT INTO versions VALUES (1, 1, x'02', 1, 1, 1, NULL, '{}', 0, 1, 0.0)")
+        for name, session in (("here", "x'03'"), ("gone", "NULL")):
+            c.exec_driver_sql(
+                f"INSERT INTO clients (name, revoked, session, created) VALUES ('{name}', 0, {session}, 0.0)"
+            )
+    engine.dispose()
+    database = Database(url)
+    database.open()
+    version = await database.run(lambda c: run_queries.version(c, 1, 1))
+    assert version is not None
+    assert (version.digest, version.kept, version.pinned) == (b"\2", True, False)
+    clients = await database.run(client_queries.all_clients)
+    assert {c.name: c.present for c in clients} == {"here": True, "gone": False}
+    database.close()
 
 
 def test_a_database_of_a_newer_release_is_refused(tmp_path: Path):

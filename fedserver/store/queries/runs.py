@@ -52,9 +52,12 @@ def save_run(c: Connection, run_id: int, **values: Any) -> None:
     c.execute(update(runs).where(runs.c.id == run_id).values(**values))
 
 
-def insert_round(c: Connection, run_id: int, number: int, attempt: int, *, phase: str, now: float) -> None:
+def insert_round(
+    c: Connection, run_id: int, number: int, attempt: int, *, phase: str, now: float, deadline_at: float | None = None
+) -> None:
     """Add an attempt at a round."""
-    c.execute(insert(rounds).values(run_id=run_id, number=number, attempt=attempt, phase=phase, opened=now))
+    values = {"phase": phase, "opened": now, "deadline_at": deadline_at}
+    c.execute(insert(rounds).values(run_id=run_id, number=number, attempt=attempt, **values))
 
 
 def save_round(c: Connection, run_id: int, number: int, attempt: int, **values: Any) -> None:

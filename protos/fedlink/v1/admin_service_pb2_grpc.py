@@ -52,6 +52,11 @@ class AdminServiceStub(object):
                 request_serializer=fedlink_dot_v1_dot_admin__service__pb2.GetRunRequest.SerializeToString,
                 response_deserializer=fedlink_dot_v1_dot_admin__service__pb2.GetRunResponse.FromString,
                 _registered_method=True)
+        self.ExplainRun = channel.unary_unary(
+                '/fedlink.v1.AdminService/ExplainRun',
+                request_serializer=fedlink_dot_v1_dot_admin__service__pb2.ExplainRunRequest.SerializeToString,
+                response_deserializer=fedlink_dot_v1_dot_admin__service__pb2.ExplainRunResponse.FromString,
+                _registered_method=True)
         self.ListRuns = channel.unary_unary(
                 '/fedlink.v1.AdminService/ListRuns',
                 request_serializer=fedlink_dot_v1_dot_admin__service__pb2.ListRunsRequest.SerializeToString,
@@ -127,6 +132,21 @@ class AdminServiceStub(object):
                 request_serializer=fedlink_dot_v1_dot_admin__service__pb2.GetModelRequest.SerializeToString,
                 response_deserializer=fedlink_dot_v1_dot_admin__service__pb2.GetModelResponse.FromString,
                 _registered_method=True)
+        self.PinModel = channel.unary_unary(
+                '/fedlink.v1.AdminService/PinModel',
+                request_serializer=fedlink_dot_v1_dot_admin__service__pb2.PinModelRequest.SerializeToString,
+                response_deserializer=fedlink_dot_v1_dot_admin__service__pb2.PinModelResponse.FromString,
+                _registered_method=True)
+        self.UnpinModel = channel.unary_unary(
+                '/fedlink.v1.AdminService/UnpinModel',
+                request_serializer=fedlink_dot_v1_dot_admin__service__pb2.UnpinModelRequest.SerializeToString,
+                response_deserializer=fedlink_dot_v1_dot_admin__service__pb2.UnpinModelResponse.FromString,
+                _registered_method=True)
+        self.DrainServer = channel.unary_unary(
+                '/fedlink.v1.AdminService/DrainServer',
+                request_serializer=fedlink_dot_v1_dot_admin__service__pb2.DrainServerRequest.SerializeToString,
+                response_deserializer=fedlink_dot_v1_dot_admin__service__pb2.DrainServerResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer(object):
@@ -151,6 +171,14 @@ class AdminServiceServicer(object):
 
     def GetRun(self, request, context):
         """GetRun answers one run.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExplainRun(self, request, context):
+        """ExplainRun says what a run waits for: on whom, since when, doing what, how
+        far, and what will end it. It answers for every run, also one that has ended.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -268,6 +296,34 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PinModel(self, request, context):
+        """PinModel keeps a version of a run, whatever the run's retention says, until
+        it is unpinned. A repeat changes nothing. NOT_FOUND / MODEL_NOT_FOUND: no
+        such version, or it is not kept any more; the message names those that are.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnpinModel(self, request, context):
+        """UnpinModel undoes PinModel; a version that the run's retention does not keep
+        is deleted. A repeat changes nothing, also when the version is gone.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DrainServer(self, request, context):
+        """DrainServer lets the server end by itself, with no work half-done: from the
+        first call on no task is handed out, no round begins and no upload is begun
+        (UNAVAILABLE / DRAINING); uploads and aggregations under way are finished,
+        then the server exits. Every call answers what is still waited for. A repeat
+        changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -280,6 +336,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.GetRun,
                     request_deserializer=fedlink_dot_v1_dot_admin__service__pb2.GetRunRequest.FromString,
                     response_serializer=fedlink_dot_v1_dot_admin__service__pb2.GetRunResponse.SerializeToString,
+            ),
+            'ExplainRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainRun,
+                    request_deserializer=fedlink_dot_v1_dot_admin__service__pb2.ExplainRunRequest.FromString,
+                    response_serializer=fedlink_dot_v1_dot_admin__service__pb2.ExplainRunResponse.SerializeToString,
             ),
             'ListRuns': grpc.unary_unary_rpc_method_handler(
                     servicer.ListRuns,
@@ -356,6 +417,21 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     request_deserializer=fedlink_dot_v1_dot_admin__service__pb2.GetModelRequest.FromString,
                     response_serializer=fedlink_dot_v1_dot_admin__service__pb2.GetModelResponse.SerializeToString,
             ),
+            'PinModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.PinModel,
+                    request_deserializer=fedlink_dot_v1_dot_admin__service__pb2.PinModelRequest.FromString,
+                    response_serializer=fedlink_dot_v1_dot_admin__service__pb2.PinModelResponse.SerializeToString,
+            ),
+            'UnpinModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnpinModel,
+                    request_deserializer=fedlink_dot_v1_dot_admin__service__pb2.UnpinModelRequest.FromString,
+                    response_serializer=fedlink_dot_v1_dot_admin__service__pb2.UnpinModelResponse.SerializeToString,
+            ),
+            'DrainServer': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainServer,
+                    request_deserializer=fedlink_dot_v1_dot_admin__service__pb2.DrainServerRequest.FromString,
+                    response_serializer=fedlink_dot_v1_dot_admin__service__pb2.DrainServerResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'fedlink.v1.AdminService', rpc_method_handlers)
@@ -419,6 +495,33 @@ class AdminService(object):
             '/fedlink.v1.AdminService/GetRun',
             fedlink_dot_v1_dot_admin__service__pb2.GetRunRequest.SerializeToString,
             fedlink_dot_v1_dot_admin__service__pb2.GetRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedlink.v1.AdminService/ExplainRun',
+            fedlink_dot_v1_dot_admin__service__pb2.ExplainRunRequest.SerializeToString,
+            fedlink_dot_v1_dot_admin__service__pb2.ExplainRunResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -824,6 +927,87 @@ class AdminService(object):
             '/fedlink.v1.AdminService/GetModel',
             fedlink_dot_v1_dot_admin__service__pb2.GetModelRequest.SerializeToString,
             fedlink_dot_v1_dot_admin__service__pb2.GetModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PinModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedlink.v1.AdminService/PinModel',
+            fedlink_dot_v1_dot_admin__service__pb2.PinModelRequest.SerializeToString,
+            fedlink_dot_v1_dot_admin__service__pb2.PinModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnpinModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedlink.v1.AdminService/UnpinModel',
+            fedlink_dot_v1_dot_admin__service__pb2.UnpinModelRequest.SerializeToString,
+            fedlink_dot_v1_dot_admin__service__pb2.UnpinModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainServer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedlink.v1.AdminService/DrainServer',
+            fedlink_dot_v1_dot_admin__service__pb2.DrainServerRequest.SerializeToString,
+            fedlink_dot_v1_dot_admin__service__pb2.DrainServerResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -48,6 +48,10 @@ class AdminServiceStub:
     """
     GetRun: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.GetRunRequest, _admin_service_pb2.GetRunResponse]
     """GetRun answers one run."""
+    ExplainRun: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ExplainRunRequest, _admin_service_pb2.ExplainRunResponse]
+    """ExplainRun says what a run waits for: on whom, since when, doing what, how
+    far, and what will end it. It answers for every run, also one that has ended.
+    """
     ListRuns: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListRunsRequest, _admin_service_pb2.ListRunsResponse]
     """ListRuns lists runs."""
     WatchRun: _grpc.UnaryStreamMultiCallable[_admin_service_pb2.WatchRunRequest, _admin_service_pb2.WatchRunResponse]
@@ -90,6 +94,22 @@ class AdminServiceStub:
     """ListModels lists imported models and the versions kept of every run."""
     GetModel: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.GetModelRequest, _admin_service_pb2.GetModelResponse]
     """GetModel answers one, with what is needed to read it by BlobService."""
+    PinModel: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.PinModelRequest, _admin_service_pb2.PinModelResponse]
+    """PinModel keeps a version of a run, whatever the run's retention says, until
+    it is unpinned. A repeat changes nothing. NOT_FOUND / MODEL_NOT_FOUND: no
+    such version, or it is not kept any more; the message names those that are.
+    """
+    UnpinModel: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.UnpinModelRequest, _admin_service_pb2.UnpinModelResponse]
+    """UnpinModel undoes PinModel; a version that the run's retention does not keep
+    is deleted. A repeat changes nothing, also when the version is gone.
+    """
+    DrainServer: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.DrainServerRequest, _admin_service_pb2.DrainServerResponse]
+    """DrainServer lets the server end by itself, with no work half-done: from the
+    first call on no task is handed out, no round begins and no upload is begun
+    (UNAVAILABLE / DRAINING); uploads and aggregations under way are finished,
+    then the server exits. Every call answers what is still waited for. A repeat
+    changes nothing.
+    """
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -111,6 +131,10 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """
     GetRun: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.GetRunRequest, _admin_service_pb2.GetRunResponse]  # type: ignore[assignment]
     """GetRun answers one run."""
+    ExplainRun: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ExplainRunRequest, _admin_service_pb2.ExplainRunResponse]  # type: ignore[assignment]
+    """ExplainRun says what a run waits for: on whom, since when, doing what, how
+    far, and what will end it. It answers for every run, also one that has ended.
+    """
     ListRuns: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListRunsRequest, _admin_service_pb2.ListRunsResponse]  # type: ignore[assignment]
     """ListRuns lists runs."""
     WatchRun: _aio.UnaryStreamMultiCallable[_admin_service_pb2.WatchRunRequest, _admin_service_pb2.WatchRunResponse]  # type: ignore[assignment]
@@ -153,6 +177,22 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """ListModels lists imported models and the versions kept of every run."""
     GetModel: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.GetModelRequest, _admin_service_pb2.GetModelResponse]  # type: ignore[assignment]
     """GetModel answers one, with what is needed to read it by BlobService."""
+    PinModel: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.PinModelRequest, _admin_service_pb2.PinModelResponse]  # type: ignore[assignment]
+    """PinModel keeps a version of a run, whatever the run's retention says, until
+    it is unpinned. A repeat changes nothing. NOT_FOUND / MODEL_NOT_FOUND: no
+    such version, or it is not kept any more; the message names those that are.
+    """
+    UnpinModel: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.UnpinModelRequest, _admin_service_pb2.UnpinModelResponse]  # type: ignore[assignment]
+    """UnpinModel undoes PinModel; a version that the run's retention does not keep
+    is deleted. A repeat changes nothing, also when the version is gone.
+    """
+    DrainServer: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.DrainServerRequest, _admin_service_pb2.DrainServerResponse]  # type: ignore[assignment]
+    """DrainServer lets the server end by itself, with no work half-done: from the
+    first call on no task is handed out, no round begins and no upload is begun
+    (UNAVAILABLE / DRAINING); uploads and aggregations under way are finished,
+    then the server exits. Every call answers what is still waited for. A repeat
+    changes nothing.
+    """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """AdminService is served on a listener of its own (a Unix socket by default),
@@ -183,6 +223,16 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.GetRunResponse, _abc.Awaitable[_admin_service_pb2.GetRunResponse]]:
         """GetRun answers one run."""
+
+    @_abc_1.abstractmethod
+    def ExplainRun(
+        self,
+        request: _admin_service_pb2.ExplainRunRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.ExplainRunResponse, _abc.Awaitable[_admin_service_pb2.ExplainRunResponse]]:
+        """ExplainRun says what a run waits for: on whom, since when, doing what, how
+        far, and what will end it. It answers for every run, also one that has ended.
+        """
 
     @_abc_1.abstractmethod
     def ListRuns(
@@ -315,5 +365,39 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.GetModelResponse, _abc.Awaitable[_admin_service_pb2.GetModelResponse]]:
         """GetModel answers one, with what is needed to read it by BlobService."""
+
+    @_abc_1.abstractmethod
+    def PinModel(
+        self,
+        request: _admin_service_pb2.PinModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.PinModelResponse, _abc.Awaitable[_admin_service_pb2.PinModelResponse]]:
+        """PinModel keeps a version of a run, whatever the run's retention says, until
+        it is unpinned. A repeat changes nothing. NOT_FOUND / MODEL_NOT_FOUND: no
+        such version, or it is not kept any more; the message names those that are.
+        """
+
+    @_abc_1.abstractmethod
+    def UnpinModel(
+        self,
+        request: _admin_service_pb2.UnpinModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.UnpinModelResponse, _abc.Awaitable[_admin_service_pb2.UnpinModelResponse]]:
+        """UnpinModel undoes PinModel; a version that the run's retention does not keep
+        is deleted. A repeat changes nothing, also when the version is gone.
+        """
+
+    @_abc_1.abstractmethod
+    def DrainServer(
+        self,
+        request: _admin_service_pb2.DrainServerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.DrainServerResponse, _abc.Awaitable[_admin_service_pb2.DrainServerResponse]]:
+        """DrainServer lets the server end by itself, with no work half-done: from the
+        first call on no task is handed out, no round begins and no upload is begun
+        (UNAVAILABLE / DRAINING); uploads and aggregations under way are finished,
+        then the server exits. Every call answers what is still waited for. A repeat
+        changes nothing.
+        """
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

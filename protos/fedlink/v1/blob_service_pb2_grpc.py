@@ -129,6 +129,8 @@ class BlobServiceServicer(object):
         NOT_FOUND / TASK_NOT_FOUND, FAILED_PRECONDITION / ROUND_CLOSED: as for
         CompleteTask; said here, before any byte moves.
         RESOURCE_EXHAUSTED / DISK_FULL with RetryInfo: not enough room now.
+        UNAVAILABLE / DRAINING with RetryInfo: the server is stopping, and nothing
+        has been started under this task since it started.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -72,6 +72,8 @@ class BlobServiceStub:
     NOT_FOUND / TASK_NOT_FOUND, FAILED_PRECONDITION / ROUND_CLOSED: as for
     CompleteTask; said here, before any byte moves.
     RESOURCE_EXHAUSTED / DISK_FULL with RetryInfo: not enough room now.
+    UNAVAILABLE / DRAINING with RetryInfo: the server is stopping, and nothing
+    has been started under this task since it started.
     """
     WriteBlob: _grpc.StreamUnaryMultiCallable[_blob_service_pb2.WriteBlobRequest, _blob_service_pb2.WriteBlobResponse]
     """WriteBlob appends chunks to an upload. The first message names the upload;
@@ -153,6 +155,8 @@ class BlobServiceAsyncStub(BlobServiceStub):
     NOT_FOUND / TASK_NOT_FOUND, FAILED_PRECONDITION / ROUND_CLOSED: as for
     CompleteTask; said here, before any byte moves.
     RESOURCE_EXHAUSTED / DISK_FULL with RetryInfo: not enough room now.
+    UNAVAILABLE / DRAINING with RetryInfo: the server is stopping, and nothing
+    has been started under this task since it started.
     """
     WriteBlob: _aio.StreamUnaryMultiCallable[_blob_service_pb2.WriteBlobRequest, _blob_service_pb2.WriteBlobResponse]  # type: ignore[assignment]
     """WriteBlob appends chunks to an upload. The first message names the upload;
@@ -249,6 +253,8 @@ class BlobServiceServicer(metaclass=_abc_1.ABCMeta):
         NOT_FOUND / TASK_NOT_FOUND, FAILED_PRECONDITION / ROUND_CLOSED: as for
         CompleteTask; said here, before any byte moves.
         RESOURCE_EXHAUSTED / DISK_FULL with RetryInfo: not enough room now.
+        UNAVAILABLE / DRAINING with RetryInfo: the server is stopping, and nothing
+        has been started under this task since it started.
         """
 
     @_abc_1.abstractmethod

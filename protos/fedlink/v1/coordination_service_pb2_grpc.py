@@ -127,7 +127,8 @@ class CoordinationServiceServicer(object):
         (after a restart, that is one the client fetched before), or none. A task in
         held_tokens is answered again only if the server lost its accepted update in
         a power loss (feature "reopen"): send the same update once more.
-        The server keeps at most one poll of a client; a newer one ends the older.
+        The server keeps at most one poll of a client; a newer one ends the older. A
+        server that is stopping answers no task, and when to ask again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

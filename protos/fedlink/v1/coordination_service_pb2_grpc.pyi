@@ -61,7 +61,8 @@ class CoordinationServiceStub:
     (after a restart, that is one the client fetched before), or none. A task in
     held_tokens is answered again only if the server lost its accepted update in
     a power loss (feature "reopen"): send the same update once more.
-    The server keeps at most one poll of a client; a newer one ends the older.
+    The server keeps at most one poll of a client; a newer one ends the older. A
+    server that is stopping answers no task, and when to ask again.
     """
     ExtendLease: _grpc.UnaryUnaryMultiCallable[_coordination_service_pb2.ExtendLeaseRequest, _coordination_service_pb2.ExtendLeaseResponse]
     """ExtendLease says that a task is being worked on, and how far it is. Call it
@@ -129,7 +130,8 @@ class CoordinationServiceAsyncStub(CoordinationServiceStub):
     (after a restart, that is one the client fetched before), or none. A task in
     held_tokens is answered again only if the server lost its accepted update in
     a power loss (feature "reopen"): send the same update once more.
-    The server keeps at most one poll of a client; a newer one ends the older.
+    The server keeps at most one poll of a client; a newer one ends the older. A
+    server that is stopping answers no task, and when to ask again.
     """
     ExtendLease: _aio.UnaryUnaryMultiCallable[_coordination_service_pb2.ExtendLeaseRequest, _coordination_service_pb2.ExtendLeaseResponse]  # type: ignore[assignment]
     """ExtendLease says that a task is being worked on, and how far it is. Call it
@@ -212,7 +214,8 @@ class CoordinationServiceServicer(metaclass=_abc_1.ABCMeta):
         (after a restart, that is one the client fetched before), or none. A task in
         held_tokens is answered again only if the server lost its accepted update in
         a power loss (feature "reopen"): send the same update once more.
-        The server keeps at most one poll of a client; a newer one ends the older.
+        The server keeps at most one poll of a client; a newer one ends the older. A
+        server that is stopping answers no task, and when to ask again.
         """
 
     @_abc_1.abstractmethod
