@@ -246,9 +246,11 @@ class AdminServicer(pb_grpc.AdminServiceServicer):
         await operator(context)
         if not request.look:
             self._engine.drain()
+        if not self._board.draining:
+            return pb.DrainServerResponse()
         left = self._engine.under_way()
         return pb.DrainServerResponse(
-            waiting=str(left), uploads=left.uploads, aggregations=left.aggregations, draining=self._board.draining
+            waiting=str(left), uploads=left.uploads, aggregations=left.aggregations, draining=True
         )
 
     # --- Parts

@@ -1545,7 +1545,9 @@ Global___DrainServerRequest: _TypeAlias = DrainServerRequest  # noqa: Y015
 
 @_typing.final
 class DrainServerResponse(_message.Message):
-    """DrainServerResponse says what a draining server waits for."""
+    """DrainServerResponse says what a draining server waits for; it is empty if the
+    server does not drain.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
