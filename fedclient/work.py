@@ -27,7 +27,7 @@ from pydantic import ValidationError
 from fedclient.launch import FailReason, Job, JobKind, Progress, Result, TrainerFailed, Write
 from fedclient.policy import Refused, Terms
 from fedclient.session import BACKOFF, Session, TaskFailure
-from fedclient.spool import Held, Order, Outcome, Spool, Stage, fresh_directory, sync_files
+from fedclient.spool import Held, Order, Outcome, Spool, Stage, fresh_directory
 from fedclient.transfer import Encoded, Transfer, drop_model_files, encode
 from fedlink import log
 from fedlink.config import explain
@@ -298,9 +298,8 @@ class Work:
     def _keep_result(self, result: Result) -> None:
         spool, token = self._tools.spool, self.held.token
         if self.order.update:
-            model_dir = spool.model_dir(token)
-            drop_model_files(model_dir)
-            sync_files([*result.files, *model_dir.iterdir()])
+            drop_model_files(spool.model_dir(token))
+            spool.keep_files(token)
         spool.put(self.held)
 
     def _outcome(self, result: Result) -> Outcome:

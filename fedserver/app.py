@@ -21,6 +21,7 @@ from fedlink import log as logs
 from fedlink import rpc
 from fedlink.corelog import Summary, handshakes_explained
 from fedlink.errors import FedlinkError, Reason
+from fedlink.files import make_directory
 from fedlink.v1 import admin_service_pb2_grpc, coordination_service_pb2_grpc
 from fedserver.runtime.board import TaskBoard
 from fedserver.runtime.completion import Completions
@@ -222,7 +223,7 @@ async def _listen(
 
 def _make_private(data_dir: Path) -> None:
     try:
-        data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_directory(data_dir, 0o700)
     except OSError as e:
         raise FedlinkError(Reason.BAD_CONFIG, f"data directory {data_dir} cannot be made: {e.strerror}") from None
 

@@ -21,7 +21,7 @@ from typing import Protocol, Self
 
 from fedlink.blobs import CHUNK_SIZE, DIGEST_SIZE, BlobRef, chunk_spans, first_bad_chunk, is_list_of
 from fedlink.errors import FedlinkError, Reason
-from fedlink.files import read_at, sync
+from fedlink.files import make_directory, read_at, sync
 from fedserver.store.disk import full_disk_named
 
 _LIST_SUFFIX = ".chunks"
@@ -134,7 +134,7 @@ class DirectoryBlobStore:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        root.mkdir(parents=True, exist_ok=True)
+        make_directory(root)
         self._sweep()
 
     def contains(self, digest: bytes) -> bool:
@@ -204,9 +204,7 @@ class DirectoryBlobStore:
 
     def _place(self, path: Path, target: Path, chunk_digests: bytes) -> None:
         directory = target.parent
-        if not directory.is_dir():
-            directory.mkdir(exist_ok=True)
-            sync(self._root)
+        make_directory(directory)
         temporary = directory / f"{_TEMPORARY}{secrets.token_hex(8)}"
         try:
             temporary.write_bytes(chunk_digests)
