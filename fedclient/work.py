@@ -285,7 +285,7 @@ class Work:
         finally:
             self._trainer = None
         self.held = self.held.trained(self._outcome(result))
-        await tools.on_disk(self._keep_result, result)
+        await tools.on_disk(self._keep_result)
         await tools.transfer.let_go(token)
         self._log.info(
             "computed",
@@ -295,7 +295,7 @@ class Work:
             seconds=_since(began),
         )
 
-    def _keep_result(self, result: Result) -> None:
+    def _keep_result(self) -> None:
         spool, token = self._tools.spool, self.held.token
         if self.order.update:
             drop_model_files(spool.model_dir(token))

@@ -28,6 +28,7 @@ from fedserver.runtime.completion import Completions
 from fedserver.runtime.driver import Parts
 from fedserver.runtime.engine import Engine
 from fedserver.runtime.events import EventFeed
+from fedserver.runtime.integrity import Integrity
 from fedserver.runtime.recovery import recover
 from fedserver.runtime.sites import SiteRegistry
 from fedserver.runtime.uploads import TaskBlobAccess
@@ -173,10 +174,11 @@ def _build(
 ) -> tuple[Parts, Engine]:
     board = TaskBoard(database, lease_term=settings.lease_term)
     versions = Versions(database, store, spool, settings.data_dir / "tmp")
-    access = TaskBlobAccess(database, board, versions, store, spool)
+    integrity = Integrity(database, versions, store)
+    access = TaskBlobAccess(database, board, versions, store, spool, integrity=integrity)
     changed = asyncio.Event()
     sites = SiteRegistry(database, lease_term=settings.lease_term, proof=settings.proof, changed=changed.set)
-    parts = Parts(database, board, sites, versions, access, EventFeed(database))
+    parts = Parts(database, board, sites, versions, access, EventFeed(database), integrity)
     return parts, Engine(parts, changed)
 
 

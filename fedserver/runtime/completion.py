@@ -128,11 +128,11 @@ class Completions:
 
         def check() -> None:
             what = f"the update of client {task.client!r}"
-            update, files = self._versions.uploaded_manifest(claim.update_digest, uploads, what)
+            update = self._versions.uploaded(claim.update_digest, uploads, what)
             check_update(
                 model,
-                update,
-                files,
+                update.manifest,
+                update.files,
                 kind=spec.update_kind,
                 update_dtype=WIRE_DTYPES[spec.update_dtype],
                 max_bytes=max_update_bytes(model, spec),

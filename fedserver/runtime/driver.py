@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import functools
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -37,11 +38,13 @@ from fedserver.rounds.model import (
     TaskChanged,
     TaskState,
     Tick,
+    UpdateLost,
 )
 from fedserver.runtime import outlook, records
 from fedserver.runtime.board import OpenTask, TaskBoard
 from fedserver.runtime.evaluations import Evaluations
 from fedserver.runtime.events import EventFeed
+from fedserver.runtime.integrity import Integrity
 from fedserver.runtime.sites import SiteRegistry
 from fedserver.runtime.uploads import TaskBlobAccess
 from fedserver.runtime.versions import StoredVersion, Versions
@@ -55,6 +58,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 _Work = Callable[[Connection], Any]
 _TRY_AGAIN_SECONDS = 5.0
+_ASK_AGAIN = 3
+"""Times a site is asked again for one update whose bytes have changed here."""
 
 
 def _serial(
@@ -81,6 +86,7 @@ class Parts:
     versions: Versions
     access: TaskBlobAccess
     feed: EventFeed
+    integrity: Integrity
 
 
 class RunDriver:
@@ -105,6 +111,7 @@ class RunDriver:
         self._tidying: set[asyncio.Task[None]] = set()
         self._evaluations = Evaluations(row, parts.board)
         self._failures = 0
+        self._asked: Counter[int] = Counter()
         self._log = logs.get("rounds").bind(run=row.name)
 
     async def start(self, *, extended: bool = False) -> None:
@@ -345,7 +352,8 @@ class RunDriver:
             try:
                 await self._make_version(current)
             except FedlinkError as e:
-                await self._aggregation_failed(current, str(e))
+                if not await self._asked_again(current, e):
+                    await self._aggregation_failed(current, str(e))
             except Exception as e:  # noqa: BLE001 - whatever it is, the run must not hang
                 if self.round is current:  # otherwise the run was stopped, and its updates are gone
                     self._log.exception("aggregation failed", round=current.number)
@@ -363,6 +371,31 @@ class RunDriver:
             if self.round is current:
                 await self._commit_version(current, stored, tasks, time.monotonic() - started)
         self._tidy()
+
+    async def _asked_again(self, current: Round, error: FedlinkError) -> bool:
+        """If an update has changed on the disk or is gone: ask its site for it once more, which it keeps for that.
+
+        Returns:
+            False if it is something else, or the site was asked too often already.
+        """
+        client = error.metadata.get("client", "")
+        if error.reason is Reason.BLOB_CORRUPT and not client and "digest" in error.metadata:
+            await self._parts.integrity.note(bytes.fromhex(error.metadata["digest"]), error)
+        if error.reason not in (Reason.BLOB_CORRUPT, Reason.BLOB_MISSING) or not client:
+            return False
+        async with self._lock:
+            tasks, _ = await self._db.run(lambda c: records.aggregation_inputs(c, self.row, current))
+            lost = [t for t in tasks if t.client == client]
+            if self.round is not current or not lost or self._asked[lost[0].id] >= _ASK_AGAIN:
+                return self.round is not current
+            self._asked[lost[0].id] += 1
+            self._log.error("asks for an update again", round=current.number, client=client, because=error.message)
+            await self._parts.versions.reverify(lost[0])
+            rows: list[TaskRow] = []
+            term = time.time() + self._board.lease_term
+            await self._apply(UpdateLost(client, term), lambda c: rows.append(records.reopen_task(c, lost[0])))
+            self._board.add(self.row, rows, fresh=False)
+        return True
 
     async def _aggregation_failed(self, current: Round, reason: str) -> None:
         async with self._lock:

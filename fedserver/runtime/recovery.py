@@ -17,7 +17,7 @@ from sqlalchemy import Connection
 from fedlink import log as logs
 from fedlink.errors import FedlinkError
 from fedserver.rounds.model import Phase, TaskState
-from fedserver.runtime.board import UPDATE_LOST
+from fedserver.runtime import records
 from fedserver.store.blobs import BlobStore
 from fedserver.store.database import Database
 from fedserver.store.queries import models as model_queries
@@ -32,7 +32,7 @@ _IMPORT_KEPT_SECONDS = 24 * 3600.0
 async def recover(database: Database, store: BlobStore, spool: Spool, scratch: Path) -> None:
     """Bring the bytes into line with the database; call before the engine starts.
 
-    A task whose accepted update was lost is open again afterwards, with reason `UPDATE_LOST`.
+    A task whose accepted update was lost is open again afterwards, with reason UPDATE_LOST.
     """
     log = logs.get("recovery")
     boot = await asyncio.to_thread(_boot_id)
@@ -109,9 +109,7 @@ def _reopen(c: Connection, torn: list[UploadRow]) -> int:
         found = run_queries.round_attempt(c, task.run_id, task.round, task.round_attempt)
         if task.state != TaskState.ACCEPTED or found is None or found.phase not in (Phase.COLLECT, Phase.AGGREGATE):
             continue
-        q.save_task(c, task.id, state=TaskState.PENDING, reason=UPDATE_LOST, update_digest=None, ended=None)
         run_queries.save_round(c, task.run_id, task.round, task.round_attempt, phase=Phase.COLLECT)
-        data = {"round": task.round, "client": task.client, "reason": UPDATE_LOST}
-        run_queries.add_event(c, task.run_id, "task_reopened", data, time.time())
+        records.reopen_task(c, task)
         reopened += 1
     return reopened

@@ -21,6 +21,7 @@ from fedlink.transfer import ImportPurpose, Purpose
 from fedserver.rounds.model import TaskState
 from fedserver.runtime.access import Caller
 from fedserver.runtime.board import OpenTask, TaskBoard
+from fedserver.runtime.integrity import Integrity
 from fedserver.runtime.versions import Versions, is_whole
 from fedserver.runtime.whole import whole
 from fedserver.store.blobs import BlobStore
@@ -47,13 +48,21 @@ class TaskBlobAccess:
     """`BlobAccess` over the board, the database, the store and the spool."""
 
     def __init__(
-        self, database: Database, board: TaskBoard, versions: Versions, store: BlobStore, spool: Spool
+        self,
+        database: Database,
+        board: TaskBoard,
+        versions: Versions,
+        store: BlobStore,
+        spool: Spool,
+        *,
+        integrity: Integrity,
     ) -> None:
         self._db = database
         self._board = board
         self._versions = versions
         self._store = store
         self._spool = spool
+        self._integrity = integrity
         self._manifests: dict[bytes, Manifest] = {}
         self._starting = asyncio.Lock()
         self._tokens: dict[bytes, bytes] = {}
@@ -170,6 +179,14 @@ class TaskBlobAccess:
             raise FedlinkError(Reason.UPLOAD_NOT_FOUND, "there is no such upload; begin with StartUpload")
         if row.task_id is not None and not any(t.row.id == row.task_id for t in self._board.of_client(caller.name)):
             raise FedlinkError(Reason.ROUND_CLOSED, "the task of this upload is over; drop it")
+
+    async def damaged(self, caller: Caller, digest: bytes, error: FedlinkError) -> FedlinkError:
+        """See `BlobAccess`."""
+        users = await self._integrity.note(digest, error)
+        # Which other runs share a blob is not for sites to know.
+        if not caller.operator or not users:
+            return error
+        return FedlinkError(error.reason, f"{error.message} It is part of {', '.join(users)}.", metadata=error.metadata)
 
     def forget(self, upload_ids: Iterable[bytes]) -> None:
         """Stop accounting for uploads that are deleted."""

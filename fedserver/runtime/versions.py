@@ -13,7 +13,7 @@ from pathlib import Path
 from sqlalchemy import Connection
 
 from fedlink import log as logs
-from fedlink.blobs import MAX_MANIFEST_SIZE, BlobRef, chunk_digests_of, ref_of
+from fedlink.blobs import MAX_MANIFEST_SIZE, BlobRef, blob_digest, chunk_digests_of, ref_of
 from fedlink.errors import FedlinkError, Reason
 from fedlink.manifest import Manifest
 from fedlink.tensors import Kind, TensorError, read_header
@@ -80,7 +80,9 @@ class Versions:
     def files_of(self, digest: bytes) -> ModelFiles:
         """A stored model's files. Blocking."""
         manifest = self.read_manifest(digest)
-        return ModelFiles(manifest, [self._store.local_path(f.blob.digest) for f in manifest.files])
+        digests = [f.blob.digest for f in manifest.files]
+        paths, lists = map(self._store.local_path, digests), map(self._store.list_path, digests)
+        return ModelFiles(manifest, list(paths), list(lists))
 
     # --- A new version
 
@@ -93,7 +95,8 @@ class Versions:
         On leaving, what was stored and not committed is deleted.
 
         Raises:
-            FedlinkError: NO_EXAMPLES, NOT_FINITE, or an update's bytes are gone.
+            FedlinkError: NO_EXAMPLES, NOT_FINITE, DISK_FULL; BLOB_CORRUPT or BLOB_MISSING, with metadata "client" if it
+                is that site's update whose bytes have changed or are gone.
         """
         uploads = await self._db.run(lambda c: task_queries.task_uploads(c, [t.id for t in tasks]))
         out_dir = self._scratch / scratch_name
@@ -121,8 +124,12 @@ class Versions:
 
     def _contribution(self, task: TaskRow, uploads: Sequence[UploadRow]) -> Contribution:
         assert task.update_digest is not None
-        manifest, files = self.uploaded_manifest(task.update_digest, uploads, f"the update of client {task.client!r}")
-        return Contribution(task.client, task.num_examples, manifest, files)
+        try:
+            found = self.uploaded(task.update_digest, uploads, f"the update of client {task.client!r}")
+        except FedlinkError as e:
+            e.metadata |= {"client": task.client}
+            raise
+        return Contribution(task.client, task.num_examples, found.manifest, found.files, found.lists)
 
     def _store_version(self, new: NewVersion, out_dir: Path) -> StoredVersion:
         for file in new.files:
@@ -148,33 +155,49 @@ class Versions:
 
     # --- What was uploaded
 
-    def uploaded_manifest(self, digest: bytes, uploads: Sequence[UploadRow], what: str) -> tuple[Manifest, list[Path]]:
-        """A manifest among uploads, and the local paths of its files. Blocking.
+    async def reverify(self, task: TaskRow) -> None:
+        """Hash the uploads of a task again, so that its site sends what is not right any more."""
+        uploads = await self._db.run(lambda c: task_queries.task_uploads(c, [task.id]))
+
+        def work() -> None:
+            for upload in uploads:
+                # Gone, or damaged beyond use: it is begun anew.
+                with contextlib.suppress(FedlinkError):
+                    self._spool.reverify(upload.id)
+
+        await asyncio.to_thread(work)
+
+    def uploaded(self, digest: bytes, uploads: Sequence[UploadRow], what: str) -> ModelFiles:
+        """A manifest among uploads, and its files. Blocking.
 
         Raises:
-            FedlinkError: BLOB_MISSING with metadata "digest"; BAD_MANIFEST.
+            FedlinkError: BLOB_MISSING with metadata "digest"; BAD_MANIFEST; BLOB_CORRUPT.
         """
         here = {u.digest: u for u in uploads if is_whole(self._spool, u.id)}
 
-        def path_of(wanted: bytes, name: str) -> Path:
+        def id_of(wanted: bytes, name: str) -> bytes:
             if wanted not in here:
                 raise FedlinkError(
                     Reason.BLOB_MISSING,
                     f"{name} of {what} was not uploaded completely; send it, then repeat the call",
                     metadata={"digest": wanted.hex()},
                 )
-            return self._spool.path(here[wanted].id)
+            return here[wanted].id
 
-        path = path_of(digest, "the manifest")
+        path = self._spool.path(id_of(digest, "the manifest"))
         if path.stat().st_size > MAX_MANIFEST_SIZE:
             raise FedlinkError(Reason.BAD_MANIFEST, f"the manifest of {what} is larger than {MAX_MANIFEST_SIZE} bytes")
-        manifest = Manifest.parse(path.read_bytes())
+        data = path.read_bytes()
+        if blob_digest(data) != digest:
+            raise FedlinkError(Reason.BLOB_CORRUPT, f"the manifest of {what} is damaged on the server's disk")
+        manifest = Manifest.parse(data)
         for f in manifest.files:
             if f.blob.digest in here and here[f.blob.digest].size != f.blob.size:
                 raise FedlinkError(
                     Reason.BAD_MANIFEST, f"file {f.name} of {what} has another size than its manifest says"
                 )
-        return manifest, [path_of(f.blob.digest, f"file {f.name}") for f in manifest.files]
+        ids = [id_of(f.blob.digest, f"file {f.name}") for f in manifest.files]
+        return ModelFiles(manifest, [self._spool.path(i) for i in ids], [self._spool.list_path(i) for i in ids])
 
     @whole
     async def take_in(self, import_id: bytes, name: str, ref: BlobRef) -> ModelRow:
@@ -216,10 +239,11 @@ class Versions:
         return row
 
     def _adopt_import(self, ref: BlobRef, uploads: Sequence[UploadRow]) -> Manifest:
-        manifest, paths = self.uploaded_manifest(ref.digest, uploads, "the import")
+        found = self.uploaded(ref.digest, uploads, "the import")
+        manifest = found.manifest
         if manifest.kind is not Kind.MODEL:
             raise FedlinkError(Reason.BAD_MANIFEST, f"the manifest describes a {manifest.kind}, not a model")
-        for index, path in enumerate(paths):
+        for index, path in enumerate(found.files):
             try:
                 manifest.check_header(index, read_header(path))
             except TensorError as e:

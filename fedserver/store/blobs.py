@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -83,6 +83,14 @@ class BlobStore(Protocol):
         """
         ...
 
+    def list_path(self, digest: bytes) -> Path:
+        """A local file with the blob's chunk list, to be read only.
+
+        Raises:
+            FedlinkError: BLOB_NOT_FOUND.
+        """
+        ...
+
     def adopt(self, path: Path, ref: BlobRef, chunk_digests: bytes) -> None:
         """Take over a finished local file; on return it survives a power loss, and `path` is gone.
 
@@ -129,6 +137,21 @@ def read_blob(store: BlobStore, digest: bytes, limit: int) -> bytes:
     return bytes(data)
 
 
+def checked(reader: BlobReader, digest: bytes) -> Callable[[memoryview, int], None]:
+    """A `read_into` for whole chunks that compares them with the list.
+
+    It raises BLOB_CORRUPT, naming the first chunk that has changed.
+    """
+
+    def read_into(view: memoryview, offset: int) -> None:
+        reader.read_into(view, offset)
+        bad = first_bad_chunk(view, offset, reader.chunk_digests)
+        if bad is not None:
+            raise _corrupt(digest, f"the chunk at byte {bad} has changed")
+
+    return read_into
+
+
 class DirectoryBlobStore:
     """Blobs in a directory of the local disk. Leftovers of an interrupted `adopt` or `delete` go at construction."""
 
@@ -159,6 +182,10 @@ class DirectoryBlobStore:
         if not path.is_file():
             raise _not_found(digest)
         return path
+
+    def list_path(self, digest: bytes) -> Path:
+        """The file with the blob's list; see `BlobStore.list_path`."""
+        return _list_of(self.local_path(digest))
 
     def adopt(self, path: Path, ref: BlobRef, chunk_digests: bytes) -> None:
         """Take over a file; see `BlobStore.adopt`. A file on another file system is copied."""
@@ -191,10 +218,9 @@ class DirectoryBlobStore:
         """Hash a blob again; see `BlobStore.verify`."""
         buffer = memoryview(bytearray(CHUNK_SIZE))
         with self.open(digest) as reader:
+            read_into = checked(reader, digest)
             for offset, length in chunk_spans(0, reader.size):
-                reader.read_into(buffer[:length], offset)
-                if first_bad_chunk(buffer[:length], offset, reader.chunk_digests) is not None:
-                    raise _corrupt(digest, f"the chunk at {offset} has changed")
+                read_into(buffer[:length], offset)
 
     def _path(self, digest: bytes) -> Path:
         if len(digest) != DIGEST_SIZE:

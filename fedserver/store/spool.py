@@ -192,6 +192,14 @@ class Spool:
         """
         return self._directory(upload_id) / "data"
 
+    def list_path(self, upload_id: bytes) -> Path:
+        """Where the slot's chunk list lies, if there is one.
+
+        Raises:
+            FedlinkError: UPLOAD_NOT_FOUND, for what is not an id.
+        """
+        return self._directory(upload_id) / "chunks"
+
     def ids(self) -> Iterator[bytes]:
         """The ids of all slots, in no order."""
         for path in self._root.iterdir():
