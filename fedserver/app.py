@@ -137,6 +137,7 @@ async def running(settings: ServerSettings) -> AsyncIterator[App]:
             board=parts.board,
             versions=parts.versions,
             feed=parts.feed,
+            integrity=parts.integrity,
         )
         admin_service_pb2_grpc.add_AdminServiceServicer_to_server(admin, admin_server)
         BlobServicer(parts.access, store, spool, identify=operator, executor=executor, limits=limits).add_to_server(

@@ -24,7 +24,7 @@ MAX_EXAMPLES = 1 << 53
 """Larger weights are not exact in float64."""
 _MAX_METRICS = 64
 # Bytes that were not sent are the site's to send, not a verdict on the update.
-_NOT_A_VERDICT = (Reason.BLOB_MISSING, Reason.BLOB_CORRUPT, Reason.INTERNAL)
+_NOT_A_VERDICT = (Reason.BLOB_MISSING, Reason.INTERNAL)
 
 
 class Completions:
@@ -142,6 +142,9 @@ class Completions:
             async with self._slots:
                 await asyncio.to_thread(check)
         except FedlinkError as e:
+            if e.reason is Reason.BLOB_CORRUPT:
+                await self._versions.reverify(task.row)
+                raise FedlinkError(Reason.BLOB_MISSING, f"{e.message}; send it again, then repeat the call") from None
             if e.reason in _NOT_A_VERDICT:
                 raise
             return Verdict(accepted=False, reason=e.reason.name, tensor=e.metadata.get("tensor", ""), message=str(e))

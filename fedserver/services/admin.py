@@ -18,6 +18,7 @@ from fedserver.runtime import records
 from fedserver.runtime.board import TaskBoard
 from fedserver.runtime.engine import Engine
 from fedserver.runtime.events import EventFeed
+from fedserver.runtime.integrity import Integrity
 from fedserver.runtime.sites import SiteRegistry
 from fedserver.runtime.versions import Versions
 from fedserver.services import views
@@ -48,6 +49,7 @@ class AdminServicer(pb_grpc.AdminServiceServicer):
         board: TaskBoard,
         versions: Versions,
         feed: EventFeed,
+        integrity: Integrity,
     ) -> None:
         self._db = database
         self._engine = engine
@@ -55,6 +57,7 @@ class AdminServicer(pb_grpc.AdminServiceServicer):
         self._board = board
         self._versions = versions
         self._feed = feed
+        self._integrity = integrity
 
     # --- Runs
 
@@ -215,6 +218,17 @@ class AdminServicer(pb_grpc.AdminServiceServicer):
             run = await self._db.run(lambda c: q.run_by_id(c, row.run_id))
             best = run.best_version == row.number
         return pb.GetModelResponse(model=views.model_message(name, row, best=best))
+
+    @translated
+    async def VerifyModels(
+        self, request: pb.VerifyModelsRequest, context: Context
+    ) -> AsyncIterator[pb.VerifyModelsResponse]:
+        """See the .proto."""
+        await operator(context)
+        # Told at once that the call is accepted: the first file may take minutes.
+        await context.send_initial_metadata(())
+        async for found in self._integrity.verify(request.name):
+            yield views.finding_message(found)
 
     # --- Parts
 

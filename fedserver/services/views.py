@@ -9,6 +9,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from fedlink.v1 import admin_service_pb2 as pb
 from fedlink.v1 import types_pb2
 from fedserver.runtime.board import OpenTask
+from fedserver.runtime.integrity import Finding
 from fedserver.runtime.sites import Site
 from fedserver.store.rows import ModelRow, RoundRow, RunRow, TaskRow, VersionRow
 
@@ -110,6 +111,12 @@ def model_message(name: str, row: ModelRow | VersionRow, *, best: bool = False) 
         best=best,
         created=timestamp(row.created),
     )
+
+
+def finding_message(found: Finding) -> pb.VerifyModelsResponse:
+    """A file that was looked at."""
+    blob = types_pb2.BlobRef(digest=found.ref.digest, size=found.ref.size)
+    return pb.VerifyModelsResponse(model=found.model, file=found.file, blob=blob, damage=found.damage)
 
 
 def event_message(sequence: int, time: float, kind: str, data: str) -> pb.WatchRunResponse:

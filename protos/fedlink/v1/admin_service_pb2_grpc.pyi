@@ -90,6 +90,11 @@ class AdminServiceStub:
     """ListModels lists imported models and the versions kept of every run."""
     GetModel: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.GetModelRequest, _admin_service_pb2.GetModelResponse]
     """GetModel answers one, with what is needed to read it by BlobService."""
+    VerifyModels: _grpc.UnaryStreamMultiCallable[_admin_service_pb2.VerifyModelsRequest, _admin_service_pb2.VerifyModelsResponse]
+    """VerifyModels hashes the stored files of models and versions again, and
+    streams what it finds, file by file. It reads everything from the disk.
+    Repeating the call is free of effects.
+    """
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -153,6 +158,11 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """ListModels lists imported models and the versions kept of every run."""
     GetModel: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.GetModelRequest, _admin_service_pb2.GetModelResponse]  # type: ignore[assignment]
     """GetModel answers one, with what is needed to read it by BlobService."""
+    VerifyModels: _aio.UnaryStreamMultiCallable[_admin_service_pb2.VerifyModelsRequest, _admin_service_pb2.VerifyModelsResponse]  # type: ignore[assignment]
+    """VerifyModels hashes the stored files of models and versions again, and
+    streams what it finds, file by file. It reads everything from the disk.
+    Repeating the call is free of effects.
+    """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """AdminService is served on a listener of its own (a Unix socket by default),
@@ -315,5 +325,16 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.GetModelResponse, _abc.Awaitable[_admin_service_pb2.GetModelResponse]]:
         """GetModel answers one, with what is needed to read it by BlobService."""
+
+    @_abc_1.abstractmethod
+    def VerifyModels(
+        self,
+        request: _admin_service_pb2.VerifyModelsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_admin_service_pb2.VerifyModelsResponse], _abc.AsyncIterator[_admin_service_pb2.VerifyModelsResponse]]:
+        """VerifyModels hashes the stored files of models and versions again, and
+        streams what it finds, file by file. It reads everything from the disk.
+        Repeating the call is free of effects.
+        """
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
