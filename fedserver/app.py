@@ -43,6 +43,7 @@ from fedserver.services.probe import ProbeServicer
 from fedserver.settings import Proof, ServerSettings, admin_socket
 from fedserver.store.blobs import DirectoryBlobStore
 from fedserver.store.database import Database
+from fedserver.store.disk import Disk
 from fedserver.store.spool import Spool
 
 _GRACE_SECONDS = 3.0
@@ -97,13 +98,14 @@ async def running(settings: ServerSettings) -> AsyncIterator[App]:
     _make_private(data_dir)
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(_locked(data_dir))
-        database = Database(settings.database_url)
+        disk = Disk(data_dir, reserve=settings.disk_reserve)
+        database = Database(settings.database_url, disk=disk)
         stack.callback(database.close)
         database.open()
         executor = stack.enter_context(ThreadPoolExecutor(_DISK_THREADS, "disk"))
-        store, spool = DirectoryBlobStore(data_dir / "blobs"), Spool(data_dir / "spool")
+        store, spool = DirectoryBlobStore(data_dir / "blobs"), Spool(data_dir / "spool", disk=disk)
         await recover(database, store, spool, data_dir / "tmp")
-        parts, engine = _build(settings, database, store, spool)
+        parts, engine = _build(settings, database, store, spool, disk)
         await parts.sites.load()
         await engine.start()
         stack.push_async_callback(engine.close)
@@ -146,10 +148,7 @@ async def running(settings: ServerSettings) -> AsyncIterator[App]:
         reflection.enable_server_reflection((*_SERVICES[:2], reflection.SERVICE_NAME), admin_server)
         socket = admin_socket(data_dir)
         address = await _listen(settings, certificates, sites_server, admin_server, socket)
-        # Whoever waits for the file is never to find it empty.
-        fresh = data_dir / ".address"
-        fresh.write_text(address + "\n", encoding="ascii")
-        fresh.replace(data_dir / "address")
+        _publish(address, data_dir / "address")
         app = App(address, socket)
         try:
             yield app
@@ -171,15 +170,15 @@ def _tls(settings: ServerSettings) -> str:
 
 
 def _build(
-    settings: ServerSettings, database: Database, store: DirectoryBlobStore, spool: Spool
+    settings: ServerSettings, database: Database, store: DirectoryBlobStore, spool: Spool, disk: Disk
 ) -> tuple[Parts, Engine]:
     board = TaskBoard(database, lease_term=settings.lease_term)
-    versions = Versions(database, store, spool, settings.data_dir / "tmp")
+    versions = Versions(database, store, spool, settings.data_dir / "tmp", disk)
     integrity = Integrity(database, versions, store)
     access = TaskBlobAccess(database, board, versions, store, spool, integrity=integrity)
     changed = asyncio.Event()
     sites = SiteRegistry(database, lease_term=settings.lease_term, proof=settings.proof, changed=changed.set)
-    parts = Parts(database, board, sites, versions, access, EventFeed(database), integrity)
+    parts = Parts(database, board, sites, versions, access, EventFeed(database), integrity, disk)
     return parts, Engine(parts, changed)
 
 
@@ -224,6 +223,16 @@ async def _listen(
     return f"{host}:{port}"
 
 
+def _publish(address: str, path: Path) -> None:
+    # On a full disk the old one does, if it is right.
+    if path.is_file() and path.read_text(encoding="ascii").strip() == address:
+        return
+    # Whoever waits for the file is never to find it empty.
+    fresh = path.with_name(".address")
+    fresh.write_text(address + "\n", encoding="ascii")
+    fresh.replace(path)
+
+
 def _make_private(data_dir: Path) -> None:
     try:
         make_directory(data_dir, 0o700)
@@ -253,7 +262,7 @@ def _locked(data_dir: Path) -> Iterator[None]:
                 f"data directory {data_dir} is in use by the fedserver with process id {holder}; "
                 "stop that one, or choose another with --data-dir",
             ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        with contextlib.suppress(OSError):  # on a full disk nobody is told who it is
+            file.truncate(0)
+            os.write(file.fileno(), str(os.getpid()).encode())
         yield

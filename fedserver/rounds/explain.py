@@ -44,10 +44,17 @@ class RunView:
     evaluation: Mapping[str, TaskState] = field(default_factory=dict)
     """Open evaluation of the newest version, if the run waits for it."""
     evaluation_seconds_left: float = 0.0
+    obstacle: str = ""
+    """What is wrong with the server meanwhile, e.g. its disk."""
 
 
 def explain(view: RunView) -> str:
     """One sentence: what the run waits for, on whom, and what will end it; empty if it waits for nothing."""
+    text = _explain(view)
+    return f"{text}; {view.obstacle}" if text and view.obstacle else text
+
+
+def _explain(view: RunView) -> str:
     if view.state == "paused" and (view.round is None or view.round.phase is Phase.SELECT):
         return "paused by an operator; `fedserver run resume` goes on"
     if view.evaluation:

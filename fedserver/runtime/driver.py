@@ -13,7 +13,7 @@ import contextlib
 import functools
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -50,6 +50,7 @@ from fedserver.runtime.uploads import TaskBlobAccess
 from fedserver.runtime.versions import StoredVersion, Versions
 from fedserver.runtime.whole import whole
 from fedserver.store.database import Database
+from fedserver.store.disk import Disk, is_disk
 from fedserver.store.queries import runs as q
 from fedserver.store.queries import tasks as task_queries
 from fedserver.store.rows import RunRow, TaskRow
@@ -76,6 +77,16 @@ def _serial(
     return call
 
 
+@contextlib.contextmanager
+def _until_the_disk_does() -> Iterator[None]:
+    """Pass over what the disk refuses now: `tick` takes it up, and a server that starts can serve what needs no disk."""
+    try:
+        yield
+    except FedlinkError as e:
+        if not is_disk(e):
+            raise
+
+
 @dataclass(frozen=True)
 class Parts:
     """What every driver works with."""
@@ -87,6 +98,7 @@ class Parts:
     access: TaskBlobAccess
     feed: EventFeed
     integrity: Integrity
+    disk: Disk
 
 
 class RunDriver:
@@ -111,6 +123,7 @@ class RunDriver:
         self._tidying: set[asyncio.Task[None]] = set()
         self._evaluations = Evaluations(row, parts.board)
         self._failures = 0
+        self._undropped: dict[tuple[int, int], Round] = {}
         self._asked: Counter[int] = Counter()
         self._log = logs.get("rounds").bind(run=row.name)
 
@@ -126,7 +139,8 @@ class RunDriver:
             self._evaluations.restore(unfinished)
             found = await self._db.run(lambda c: q.newest_round(c, self.row.id))
             if found is None or found.phase in (Phase.COMMITTED, Phase.FAILED):
-                await self._go_on(whatever_the_target=extended)
+                with _until_the_disk_does():
+                    await self._go_on(whatever_the_target=extended)
             else:
                 number, attempt = found.number, found.attempt
                 tasks = await self._db.run(lambda c: task_queries.round_tasks(c, self.row.id, number, attempt))
@@ -134,7 +148,8 @@ class RunDriver:
                 self.round = outlook.restored(self.row, found, tasks, not_before=time.time() + self._board.lease_term)
                 if self.round.phase is Phase.AGGREGATE:
                     self._begin_aggregation()
-        await self.sites_changed()
+        with _until_the_disk_does():
+            await self.sites_changed()
 
     async def close(self) -> None:
         """Stop working; nothing that is committed is lost."""
@@ -352,15 +367,19 @@ class RunDriver:
             try:
                 await self._make_version(current)
             except FedlinkError as e:
-                if not await self._asked_again(current, e):
+                if is_disk(e):
+                    # The disk has said so. The updates stay, and `_resume` begins again.
+                    await asyncio.sleep(_TRY_AGAIN_SECONDS)
+                elif not await self._asked_again(current, e):
                     await self._aggregation_failed(current, str(e))
             except Exception as e:  # noqa: BLE001 - whatever it is, the run must not hang
                 if self.round is current:  # otherwise the run was stopped, and its updates are gone
                     self._log.exception("aggregation failed", round=current.number)
                 reason = f"an error in the server ({type(e).__name__}); its log has the details"
                 await self._aggregation_failed(current, reason)
-        except Exception:  # noqa: BLE001 - not even that could be written: `_resume` tries it all again
-            self._log.exception("failure not recorded", round=current.number)
+        except Exception as e:  # noqa: BLE001 - not even that could be written: `_resume` tries it all again
+            if not is_disk(e):
+                self._log.exception("failure not recorded", round=current.number)
             await asyncio.sleep(_TRY_AGAIN_SECONDS)
 
     async def _make_version(self, current: Round) -> None:
@@ -426,7 +445,14 @@ class RunDriver:
         await self._go_on()
 
     async def _drop_updates(self, current: Round) -> None:
-        uploads = await self._db.run(lambda c: records.forget_updates(c, self.row.id, current))
+        try:
+            uploads = await self._db.run(lambda c: records.forget_updates(c, self.row.id, current))
+        except FedlinkError as e:
+            if not is_disk(e):
+                raise
+            self._undropped[current.number, current.attempt] = current
+            return
+        self._undropped.pop((current.number, current.attempt), None)
         self._parts.access.forget(u.id for u in uploads)
         try:
             await self._parts.versions.forget_uploads(uploads)
@@ -443,14 +469,17 @@ class RunDriver:
     async def _retire(self) -> None:
         try:
             await self._parts.versions.retire(self.row.id)
-        except Exception:  # noqa: BLE001 - tried again after the next version
-            self._log.exception("versions not retired")
+        except Exception as e:  # noqa: BLE001 - tried again after the next version
+            if not is_disk(e):
+                self._log.exception("versions not retired")
 
     # --- What comes next
 
     async def _resume(self) -> None:
         """Take up a transition that an error (a full disk, a locked database) stopped half-way."""
         phase = self.round.phase if self.round is not None else None
+        for ended in list(self._undropped.values()):
+            await self._drop_updates(ended)
         if phase is Phase.AGGREGATE and (self._aggregation is None or self._aggregation.done()):
             self._begin_aggregation()
         elif phase in (None, Phase.COMMITTED, Phase.FAILED):
@@ -541,4 +570,5 @@ class RunDriver:
             sites=self._parts.sites,
             board=self._board,
             evaluations=self._evaluations,
+            obstacle=self._parts.disk.trouble,
         )

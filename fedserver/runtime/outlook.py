@@ -44,6 +44,7 @@ def waiting(
     sites: SiteRegistry,
     board: TaskBoard,
     evaluations: Evaluations,
+    obstacle: str,
 ) -> str:
     """One sentence: what a run waits for; empty if for nothing."""
     now = time.time()
@@ -61,6 +62,7 @@ def waiting(
             doing={t.client: _doing(t, now) for t in tasks},
             evaluation=evaluations.states(run.version) if current is None else {},
             evaluation_seconds_left=evaluations.seconds_left(run.version),
+            obstacle=obstacle,
         )
     )
 

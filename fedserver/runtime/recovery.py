@@ -42,8 +42,9 @@ async def recover(database: Database, store: BlobStore, spool: Spool, scratch: P
     needed = await database.run(model_queries.needed)
 
     def sweep() -> tuple[int, list[UploadRow]]:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
+        scratch.mkdir(parents=True, exist_ok=True)
+        for left in scratch.iterdir():
+            shutil.rmtree(left, ignore_errors=True)
         stray = [i for i in spool.ids() if i not in known]
         for upload_id in stray:
             spool.delete(upload_id)
@@ -55,7 +56,8 @@ async def recover(database: Database, store: BlobStore, spool: Spool, scratch: P
 
     swept, torn = await asyncio.to_thread(sweep)
     reopened = await database.run(lambda c: _reopen(c, torn))
-    await database.run(lambda c: model_queries.set_meta(c, "boot_id", boot))
+    if boot != previous:  # nothing is written that need not be: the disk may be full
+        await database.run(lambda c: model_queries.set_meta(c, "boot_id", boot))
     if swept or reopened:
         log.warning("recovered", swept=swept, uploads_torn=len(torn), tasks_asked_again=reopened)
 

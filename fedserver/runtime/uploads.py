@@ -16,7 +16,7 @@ from fedlink.blobs import MAX_BLOB_SIZE, MAX_MANIFEST_SIZE, BlobRef
 from fedlink.errors import FedlinkError, Reason
 from fedlink.manifest import Manifest
 from fedlink.run_file import WIRE_DTYPES, RunSpec
-from fedlink.tensors import Role, update_spec
+from fedlink.tensors import DTYPES, Role, update_spec
 from fedlink.transfer import ImportPurpose, Purpose
 from fedserver.rounds.model import TaskState
 from fedserver.runtime.access import Caller
@@ -42,6 +42,13 @@ def max_update_bytes(model: Manifest, spec: RunSpec) -> int:
     dtype = WIRE_DTYPES[spec.update_dtype]
     data = sum(update_spec(s, dtype).nbytes for s in trained)
     return data + sum(len(s.name.encode()) * 2 + 512 for s in trained) + 4096 * (len(model.files) + 1)
+
+
+def next_version_bytes(model: Manifest) -> int:
+    """About how many bytes the next version of a model takes: what trains, and a float32 master of what is narrower."""
+    specs = [t.spec for t in model.tensors if t.spec.role is not Role.FROZEN]
+    narrow = [s for s in specs if s.is_delta and DTYPES[s.dtype].bits < 32]
+    return sum(s.nbytes for s in specs) + sum(4 * s.elements for s in narrow)
 
 
 class TaskBlobAccess:
@@ -135,10 +142,11 @@ class TaskBlobAccess:
         self, caller: Caller, purpose: Purpose, task: OpenTask | None, ref: BlobRef, chunk_digests: bytes
     ) -> bytes:
         mine = await self._uploads(purpose, task)
+        leave = await self._kept_free()
         for upload in mine:
             if upload.digest == ref.digest:
                 # Creating it again does nothing, unless a power loss took the slot.
-                await asyncio.to_thread(self._spool.create, upload.id, ref, chunk_digests)
+                await asyncio.to_thread(self._spool.create, upload.id, ref, chunk_digests, leave=leave)
                 return upload.id
         if task is not None:
             await self._check_room(task, mine, ref)
@@ -155,7 +163,7 @@ class TaskBlobAccess:
                 c, id=upload_id, client=name, digest=ref.digest, size=ref.size, created=time.time(), **values
             )
 
-        await asyncio.to_thread(self._make_slot, upload_id, source, ref, chunk_digests)
+        await asyncio.to_thread(self._make_slot, upload_id, source, ref, chunk_digests, leave)
         try:
             await self._db.run(work)
         except BaseException:
@@ -163,13 +171,13 @@ class TaskBlobAccess:
             raise
         return upload_id
 
-    def _make_slot(self, upload_id: bytes, source: Path | None, ref: BlobRef, chunk_digests: bytes) -> None:
+    def _make_slot(self, upload_id: bytes, source: Path | None, ref: BlobRef, chunk_digests: bytes, leave: int) -> None:
         if source is not None:
             # What was here a moment ago may have gone with its round; then it has to be sent.
             with contextlib.suppress(FileNotFoundError):
-                self._spool.link(upload_id, source, ref, chunk_digests)
+                self._spool.link(upload_id, source, ref, chunk_digests, leave=leave)
                 return
-        self._spool.create(upload_id, ref, chunk_digests)
+        self._spool.create(upload_id, ref, chunk_digests, leave=leave)
 
     async def owned(self, caller: Caller, upload_id: bytes) -> None:
         """See `BlobAccess`."""
@@ -206,6 +214,20 @@ class TaskBlobAccess:
             task.bytes_up += nbytes
 
     # --- Parts
+
+    async def _kept_free(self) -> int:
+        """Bytes that uploads must leave: with less, the largest live run could not make its next version of them."""
+
+        def bases(c: Connection) -> set[bytes]:
+            live = run_queries.list_runs(c, states=run_queries.LIVE_STATES)
+            versions = [run_queries.version(c, r.id, r.version) for r in live]
+            return {v.digest for v in versions if v is not None and v.kept}
+
+        sizes = [0]
+        for digest in await self._db.run(bases):
+            with contextlib.suppress(FedlinkError):  # damaged, which its own run will hear
+                sizes.append(next_version_bytes(await self.model_manifest(digest)))
+        return max(sizes)
 
     async def _task(self, caller: Caller, purpose: Purpose) -> OpenTask | None:
         if isinstance(purpose, ImportPurpose):

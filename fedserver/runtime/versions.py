@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import shutil
 import time
 from collections.abc import AsyncIterator, Collection, Iterable, Sequence
@@ -23,6 +24,7 @@ from fedserver.aggregation.presets import pipeline_for
 from fedserver.runtime.whole import whole
 from fedserver.store.blobs import BlobStore, read_blob
 from fedserver.store.database import Database
+from fedserver.store.disk import Disk
 from fedserver.store.queries import models as model_queries
 from fedserver.store.queries import runs as run_queries
 from fedserver.store.queries import tasks as task_queries
@@ -60,8 +62,9 @@ def is_whole(spool: Spool, upload_id: bytes) -> bool:
 class Versions:
     """Builds, keeps and retires the versions of every run, and takes in models."""
 
-    def __init__(self, database: Database, store: BlobStore, spool: Spool, scratch: Path) -> None:
+    def __init__(self, database: Database, store: BlobStore, spool: Spool, scratch: Path, disk: Disk) -> None:
         self._db = database
+        self._disk = disk
         self._store = store
         self._spool = spool
         self._scratch = scratch
@@ -95,18 +98,23 @@ class Versions:
         On leaving, what was stored and not committed is deleted.
 
         Raises:
-            FedlinkError: NO_EXAMPLES, NOT_FINITE, DISK_FULL; BLOB_CORRUPT or BLOB_MISSING, with metadata "client" if it
-                is that site's update whose bytes have changed or are gone.
+            FedlinkError: NO_EXAMPLES, NOT_FINITE, DISK_FULL, DISK_UNWRITABLE; BLOB_CORRUPT or BLOB_MISSING, with
+                metadata "client" if it is that site's update whose bytes have changed or are gone.
         """
         uploads = await self._db.run(lambda c: task_queries.task_uploads(c, [t.id for t in tasks]))
-        out_dir = self._scratch / scratch_name
+        # Never that of an attempt before, which a disk that could not be written may have kept.
+        out_dir = self._scratch / f"{scratch_name}-{secrets.token_hex(4)}"
 
         def fold() -> NewVersion:
-            shutil.rmtree(out_dir, ignore_errors=True)
-            out_dir.mkdir(parents=True)
-            contributions = [self._contribution(t, [u for u in uploads if u.task_id == t.id]) for t in tasks]
-            master = self.files_of(base.master_digest) if base.master_digest else None
-            return aggregate(self.files_of(base.digest), master, contributions, pipeline_for(run.parsed), out_dir)
+            with self._disk.used_for("the next version"):
+                out_dir.mkdir(parents=True)
+                contributions = [self._contribution(t, [u for u in uploads if u.task_id == t.id]) for t in tasks]
+                master = self.files_of(base.master_digest) if base.master_digest else None
+                return aggregate(self.files_of(base.digest), master, contributions, pipeline_for(run.parsed), out_dir)
+
+        def store(new: NewVersion) -> StoredVersion:
+            with self._disk.used_for("the next version"):
+                return self._store_version(new, out_dir)
 
         try:
             async with self._folds:
@@ -114,7 +122,7 @@ class Versions:
             async with self.blobs_lock:
                 digests = {f.entry.blob.digest for f in new.files}
                 try:
-                    stored = await asyncio.to_thread(self._store_version, new, out_dir)
+                    stored = await asyncio.to_thread(store, new)
                     digests |= stored.digests
                     yield stored
                 finally:

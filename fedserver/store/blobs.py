@@ -22,7 +22,7 @@ from typing import Protocol, Self
 from fedlink.blobs import CHUNK_SIZE, DIGEST_SIZE, BlobRef, chunk_spans, first_bad_chunk, is_list_of
 from fedlink.errors import FedlinkError, Reason
 from fedlink.files import make_directory, read_at, sync
-from fedserver.store.disk import full_disk_named
+from fedserver.store.disk import disk_errors_named
 
 _LIST_SUFFIX = ".chunks"
 _TEMPORARY = ".tmp-"
@@ -97,7 +97,7 @@ class BlobStore(Protocol):
         The caller vouches that the bytes match the list. If the blob is here already, `path` is only removed.
 
         Raises:
-            FedlinkError: DIGEST_MISMATCH, if list or size do not give the digest; DISK_FULL.
+            FedlinkError: DIGEST_MISMATCH, if list or size do not give the digest; DISK_FULL, DISK_UNWRITABLE.
         """
         ...
 
@@ -197,7 +197,7 @@ class DirectoryBlobStore:
             )
         target = self._path(ref.digest)
         if not target.is_file():
-            with full_disk_named(f"blob {ref}"):
+            with disk_errors_named(f"blob {ref}"):
                 self._place(path, target, chunk_digests)
         path.unlink(missing_ok=True)
 

@@ -36,6 +36,7 @@ CURABLE = [
     Reason.UNREACHABLE,
     Reason.BUSY,
     Reason.DISK_FULL,
+    Reason.DISK_UNWRITABLE,
     Reason.DRAINING,
     Reason.INTERNAL,
     Reason.UNKNOWN,
