@@ -79,7 +79,7 @@ def _serial(
 
 @contextlib.contextmanager
 def _until_the_disk_does() -> Iterator[None]:
-    """Pass over what the disk refuses now: `tick` takes it up, and a server that starts can serve what needs no disk."""
+    """Pass over what the disk refuses now: `tick` takes it up, and a server that starts serves what needs no disk."""
     try:
         yield
     except FedlinkError as e:

@@ -120,12 +120,10 @@ class Disk:
 
     def failed(self, use: str, error: FedlinkError) -> None:
         """The disk refused something."""
-        what = "is full" if error.reason is Reason.DISK_FULL else "cannot be written"
-        try:
-            free = f" ({shutil.disk_usage(self._root).free} bytes free)"
-        except OSError:
-            free = ""
-        self.note(use, f"{what}{free}, which holds up {use}")
+        what = "cannot be written"
+        if error.reason is Reason.DISK_FULL:
+            what = f"is full ({shutil.disk_usage(self._root).free} bytes free)"
+        self.note(use, f"{what}, which holds up {use}")
 
     def worked(self, use: str) -> None:
         """The disk did what it refused before, if it did."""

@@ -133,7 +133,8 @@ class Spool:
 
         Raises:
             FedlinkError: UPLOAD_NOT_FOUND, DISK_FULL, DISK_UNWRITABLE; with the mark in metadata "committed_size"
-                OFFSET_MISMATCH (`offset` is not the mark), CHUNK_SIZE (not one whole chunk), CHUNK_CORRUPT (not what the list says).
+                OFFSET_MISMATCH (`offset` is not the mark), CHUNK_SIZE (not one whole chunk), CHUNK_CORRUPT (not what
+                the list says).
         """
         with self._lock(upload_id):
             slot = self._slot(upload_id)

@@ -10,7 +10,7 @@ import pytest
 from fedlink.v1 import types_pb2
 from tests.support.classes.drift import expected
 from tests.support.federation import Federation, arrays_equal, until
-from tests.support.lying_disk import LyingDisk, library
+from tests.support.lying_disk import LyingDisk, OnDisks, library
 
 SIZE = 800_000
 SITES = {"a": (1, 30), "b": (2, 11)}
@@ -24,8 +24,8 @@ def so(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def federation(tmp_path: Path) -> Federation:
-    return Federation(tmp_path)
+def federation(tmp_path: Path) -> OnDisks:
+    return OnDisks(tmp_path)
 
 
 def accepted(federation: Federation, number: int) -> set[str]:
@@ -37,11 +37,11 @@ def accepted(federation: Federation, number: int) -> set[str]:
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(("seed", "survives"), [(1, 0.0), (2, 0.5)])
-def test_the_server_loses_power(federation: Federation, tmp_path: Path, so: Path, seed: int, survives: float) -> None:
+def test_the_server_loses_power(federation: OnDisks, tmp_path: Path, so: Path, seed: int, survives: float) -> None:
     rng = np.random.default_rng(seed)
     start = {"w": rng.normal(size=SIZE).astype(np.float32), "b": rng.normal(size=3).astype(np.float32)}
     disk = LyingDisk(tmp_path / "disk", so)
-    federation.environment = disk.environment
+    federation.disks["server"] = disk
     federation.data_dir = disk.root / "server"
     losses = []
 
@@ -92,3 +92,36 @@ def test_the_server_loses_power(federation: Federation, tmp_path: Path, so: Path
     assert all(loss.files or loss.entries for loss in losses)
     assert disk.fired("synced_files")
     assert disk.fired("answered") == 5
+
+
+def test_a_site_loses_power(federation: OnDisks, tmp_path: Path, so: Path) -> None:
+    start = {"w": np.linspace(-1, 1, 50_000, dtype=np.float32), "b": np.ones(3, np.float32)}
+    disk = LyingDisk(tmp_path / "disk", so)
+    federation.disks["a"] = disk
+    with federation:
+        federation.start_server()
+        federation.import_model("start", start)
+        number, examples = SITES["a"]
+        a = federation.site(
+            "a",
+            "drift:Drift",
+            data={"size": 50_000, "number": number, "examples": examples},
+            extra={"state_dir": str(disk.root / "state")},
+        )
+        a.hold()
+        federation.create_run("r", workload="work", model="start", cohort={"min_clients": 1})
+        a.until_training(1)
+        federation.kill_server()
+        a.release()
+        daemon = a.daemon
+        assert daemon is not None
+        # The result is there, and nobody to send it to.
+        until(lambda: '"activity": "train"' in daemon.text() and '"event": "computed"' in daemon.text(), "the result")
+        a.kill()
+        lost = disk.lose_power(3)
+        assert lost.files or lost.entries
+        a.start()
+        federation.start_server()
+        federation.finish("r")
+        arrays_equal(federation.export("r"), expected(start, [SITES["a"]], 1))
+        assert [r for r, _ in a.trained] == [1]

@@ -58,13 +58,10 @@ def alive(pid: int) -> bool:
 class Daemon:
     """A process in the background, the leader of its own session; its output goes to a file."""
 
-    def __init__(
-        self, command: list[str], log: Path, *, cwd: Path, environment: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, command: list[str], log: Path, *, cwd: Path) -> None:
         self.log = log
-        env = {**os.environ, **(environment or {})}
         with log.open("ab") as out:
-            self.process = subprocess.Popen(command, stdout=out, stderr=out, cwd=cwd, env=env, start_new_session=True)
+            self.process = subprocess.Popen(command, stdout=out, stderr=out, cwd=cwd, start_new_session=True)
 
     @property
     def pid(self) -> int:
@@ -100,16 +97,11 @@ class Daemon:
 
 
 class Federation(contextlib.ExitStack):
-    """A server's data directory and some sites below one directory; every process ends with the context.
-
-    Attributes:
-        environment: what the server finds in its environment besides ours.
-    """
+    """A server's data directory and some sites below one directory; every process ends with the context."""
 
     def __init__(self, root: Path) -> None:
         super().__init__()
         self.root = root
-        self.environment: dict[str, str] = {}
         self.data_dir = root / "server"
         self.address = ""
         self.server: Daemon | None = None
@@ -137,7 +129,7 @@ class Federation(contextlib.ExitStack):
         written = self.data_dir / "address"
         written.unlink(missing_ok=True)
         command = [program("fedserver"), "serve", "--data-dir", str(self.data_dir), "--listen", listen, *options]
-        self.server = server = self._daemon(command, "server", self.environment)
+        self.server = server = self._daemon(command, "server")
         until(lambda: written.exists() or not server.running, "the server to start")
         assert server.running, server.text()
         self.address = written.read_text().strip()
@@ -155,8 +147,8 @@ class Federation(contextlib.ExitStack):
             site.start()
         return site
 
-    def _daemon(self, command: list[str], name: str, environment: Mapping[str, str] | None = None) -> Daemon:
-        daemon = Daemon(command, self.root / f"{name}.log", cwd=self.root, environment=environment)
+    def _daemon(self, command: list[str], name: str) -> Daemon:
+        daemon = Daemon(command, self.root / f"{name}.log", cwd=self.root)
         self.callback(daemon.clean)
         return daemon
 
@@ -238,7 +230,6 @@ class Site:
         extra: further keys of site.toml.
         options: further keys of `[workload.NAME]`.
         server: address to connect to; by default the server's.
-        environment: what the daemon finds in its environment besides ours.
     """
 
     def __init__(
@@ -253,10 +244,8 @@ class Site:
         extra: Mapping[str, Any] | None = None,
         options: Mapping[str, Any] | None = None,
         server: str = "",
-        environment: Mapping[str, str] | None = None,
     ) -> None:
         self._federation = federation
-        self._environment = environment
         self.name = name
         self.directory = federation.root / "sites" / name
         self.control = self.directory / "control"
@@ -272,7 +261,7 @@ class Site:
 
     def start(self, *options: str) -> Daemon:
         """Start the daemon (again)."""
-        self.daemon = self._federation._daemon([*self.command, *options], self.name, self._environment)
+        self.daemon = self._federation._daemon([*self.command, *options], self.name)
         return self.daemon
 
     def kill(self) -> None:

@@ -29,7 +29,7 @@
 
 struct control {
     _Atomic int64_t full, room, readonly;
-    _Atomic int64_t full_fired, readonly_fired, synced_files, synced_dirs, answered;
+    _Atomic int64_t full_fired, readonly_fired, synced_files, synced_dirs, answered, asked;
 };
 
 static struct control *control;
@@ -210,6 +210,7 @@ int truncate64(const char *path, off_t size) { return truncate(path, size); }
 
 static void shrink(struct statvfs *out) {
     if (!control->full) return;
+    control->asked++;
     out->f_bavail = out->f_bfree = control->room / out->f_frsize;
 }
 

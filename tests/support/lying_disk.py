@@ -15,13 +15,19 @@ import random
 import shutil
 import struct
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.support.federation import Daemon, Federation
+
 _PAGE = 4096
-_FIELDS = ("full", "room", "readonly", "full_fired", "readonly_fired", "synced_files", "synced_dirs", "answered")
+_FAULTS = ("full", "readonly")
+_COUNTS = ("synced_files", "synced_dirs", "answered", "asked")
+_FIELDS = ("full", "room", "readonly", *(f"{name}_fired" for name in _FAULTS), *_COUNTS)
 _SOURCE = Path(__file__).with_suffix(".c")
 
 
@@ -91,8 +97,8 @@ class LyingDisk:
         self._set("readonly", 0)
 
     def fired(self, name: str) -> int:
-        """How often: "full" and "readonly" refused, "synced_files" and "synced_dirs" noted, "answered"."""
-        at = _FIELDS.index(name + "_fired" if name in ("full", "readonly") else name)
+        """How often something was refused ("full", "readonly"), noted, "answered", or room was "asked" for."""
+        at = _FIELDS.index(name + "_fired" if name in _FAULTS else name)
         return int(struct.unpack_from("<q", self._control.read_bytes(), 8 * at)[0])
 
     def answer(self, name: str, text: str) -> None:
@@ -141,6 +147,35 @@ class LyingDisk:
             elif kind == "f":
                 shutil.copyfile(entry.path, self._state / "files" / str(entry.inode()))
         (self._state / "dirs" / str(directory.stat().st_ino)).write_text("".join(lines))
+
+
+class OnDisks(Federation):
+    """A federation some of whose processes have disks that lie.
+
+    Attributes:
+        disks: by "server" or the site's name; put in before that process is started.
+    """
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.disks: dict[str, LyingDisk] = {}
+
+    def _daemon(self, command: list[str], name: str, *rest: Any) -> Daemon:
+        if name not in self.disks:
+            return super()._daemon(command, name, *rest)
+        daemon = _Preloaded(command, self.root / f"{name}.log", self.root, self.disks[name].environment)
+        self.callback(daemon.clean)
+        return daemon
+
+
+class _Preloaded(Daemon):
+    """A fresh process, whatever others are: only such a one loads a library before all others."""
+
+    def __init__(self, command: list[str], log: Path, cwd: Path, environment: Mapping[str, str]) -> None:
+        self.log = log
+        env = {**os.environ, **environment}
+        with log.open("ab") as out:
+            self.process = subprocess.Popen(command, stdout=out, stderr=out, cwd=cwd, env=env, start_new_session=True)
 
 
 class _Loss:
