@@ -47,7 +47,7 @@ from fedserver.runtime.events import EventFeed
 from fedserver.runtime.integrity import Integrity
 from fedserver.runtime.sites import SiteRegistry
 from fedserver.runtime.uploads import TaskBlobAccess
-from fedserver.runtime.versions import StoredVersion, Versions
+from fedserver.runtime.versions import READ_SECONDS, StoredVersion, Versions
 from fedserver.runtime.whole import whole
 from fedserver.store.database import Database
 from fedserver.store.disk import Disk, is_disk
@@ -468,7 +468,10 @@ class RunDriver:
 
     async def _retire(self) -> None:
         try:
-            await self._parts.versions.retire(self.row.id)
+            spared = await self._parts.versions.retire(self.row.id)
+            while spared:
+                await asyncio.sleep(READ_SECONDS)
+                spared = await self._parts.versions.retire(self.row.id)
         except Exception as e:  # noqa: BLE001 - tried again after the next version
             if not is_disk(e):
                 self._log.exception("versions not retired")

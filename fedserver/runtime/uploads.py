@@ -22,7 +22,7 @@ from fedserver.rounds.model import TaskState
 from fedserver.runtime.access import Caller
 from fedserver.runtime.board import OpenTask, TaskBoard
 from fedserver.runtime.integrity import Integrity
-from fedserver.runtime.versions import Versions, is_whole
+from fedserver.runtime.versions import Versions, is_whole, versions_among
 from fedserver.runtime.whole import whole
 from fedserver.store.blobs import BlobStore
 from fedserver.store.database import Database
@@ -110,8 +110,10 @@ class TaskBlobAccess:
         raise _not_found()
 
     async def _published(self, digest: bytes) -> BlobRef:
-        if not await self._db.run(lambda c: model_queries.needed_of(c, [digest])):
+        owners = await self._db.run(lambda c: model_queries.owners_of(c, digest))
+        if not owners:
             raise _not_found()
+        self._versions.note_read(versions_among(owners))
 
         def size() -> int:
             with self._store.open(digest) as blob:

@@ -31,6 +31,8 @@ from fedserver.store.queries import tasks as task_queries
 from fedserver.store.rows import ModelRow, RunRow, TaskRow, UploadRow, VersionRow
 from fedserver.store.spool import Spool
 
+READ_SECONDS = 60.0
+"""So long after it was read last, a version is not retired: an export fetches it piece by piece."""
 _FOLDS = 2
 
 
@@ -49,6 +51,12 @@ class StoredVersion:
 def version_owner(run_id: int, number: int) -> str:
     """Name of a version in `blob_refs`."""
     return f"version:{run_id}:{number}"
+
+
+def versions_among(owners: Iterable[str]) -> set[tuple[int, int]]:
+    """Run id and number of those owners in `blob_refs` that are versions."""
+    parts = (owner.split(":") for owner in owners)
+    return {(int(p[1]), int(p[2])) for p in parts if p[0] == "version"}
 
 
 def is_whole(spool: Spool, upload_id: bytes) -> bool:
@@ -74,6 +82,7 @@ class Versions:
         self.blobs_lock = asyncio.Lock()
         # Folding takes a thread for minutes; the others are for what sites wait for.
         self._folds = asyncio.Semaphore(_FOLDS)
+        self._read: dict[tuple[int, int], float] = {}
         self._log = logs.get("versions")
 
     def read_manifest(self, digest: bytes) -> Manifest:
@@ -265,8 +274,21 @@ class Versions:
 
     # --- What goes
 
-    async def retire(self, run_id: int) -> None:
-        """Delete what the run's retention does not keep, unless a task refers to it or it may yet be the best."""
+    def note_read(self, versions: Iterable[tuple[int, int]]) -> None:
+        """An operator reads these now, piece by piece: they stay for a while."""
+        now = time.monotonic()
+        self._read |= dict.fromkeys(versions, now)
+        self._read = {key: at for key, at in self._read.items() if now - at < READ_SECONDS}
+
+    async def retire(self, run_id: int) -> bool:
+        """Delete what the run's retention does not keep, unless a task refers to it or it may yet be the best.
+
+        Returns:
+            Whether something stays only because it was read a moment ago.
+        """
+        now = time.monotonic()
+        read = {number for (of, number), at in self._read.items() if of == run_id and now - at < READ_SECONDS}
+        spared: set[int] = set()
 
         def work(c: Connection) -> set[bytes]:
             run = run_queries.run_by_id(c, run_id)
@@ -277,13 +299,16 @@ class Versions:
                 wanted |= set(task_queries.versions_in_evaluation(c, run_id))
             dropped: set[bytes] = set()
             for v in kept:
-                if v.number not in wanted:
+                if v.number in read - wanted:
+                    spared.add(v.number)
+                elif v.number not in wanted:
                     run_queries.save_version(c, run_id, v.number, kept=False)
                     dropped |= model_queries.drop_refs(c, version_owner(run_id, v.number))
             return dropped
 
         async with self.blobs_lock:
             await self._collect(await self._db.run(work))
+        return bool(spared)
 
     async def _collect(self, digests: Collection[bytes]) -> None:
         """Delete those of these blobs that nobody needs; `blobs_lock` is held."""

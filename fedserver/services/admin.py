@@ -217,6 +217,7 @@ class AdminServicer(pb_grpc.AdminServiceServicer):
         if isinstance(row, VersionRow):
             run = await self._db.run(lambda c: q.run_by_id(c, row.run_id))
             best = run.best_version == row.number
+            self._versions.note_read([(row.run_id, row.number)])
         return pb.GetModelResponse(model=views.model_message(name, row, best=best))
 
     @translated

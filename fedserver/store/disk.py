@@ -22,7 +22,8 @@ _NEWS_SECONDS = 60.0
 """What was not met again for so long is over."""
 
 _NETWORK = re.compile(
-    r"nfs\d?|cifs|smb\w*|afs|ncpfs?|ceph|lustre|beegfs|gpfs|fuse\.(?!fuseblk|overlay).*(fs|rclone|fuse)"
+    r"afs|beegfs|ceph|cifs|davfs|glusterfs|gpfs|lustre|ncp|ncpfs|nfs|nfs4|smb2|smb3|smbfs|fuse\.(blobfuse|ceph|ceph-fuse|"
+    r"curlftpfs|davfs|gcsfuse|glusterfs|goofys|juicefs|mountpoint-s3|rclone|s3fs|seaweedfs|sshfs)"
 )
 _OCTAL = re.compile(r"\\(\d{3})")
 

@@ -53,8 +53,8 @@ def test_the_server_loses_power(federation: OnDisks, tmp_path: Path, so: Path, s
         federation.start_server()
         after = until(lambda: federation.run_state("r"), "the server to answer")
         assert after.version >= before.version
-        for version in range(before.version + 1):
-            arrays_equal(federation.export(f"r@{version}"), expected(start, SITES.values(), version))
+        files = federation.json("model", "verify")  # ends with 1 if one is damaged
+        assert {f["model"] for f in files} >= {"start", *(f"r@{v}" for v in range(before.version + 1))}
 
     with federation:
         federation.start_server()
@@ -116,7 +116,7 @@ def test_a_site_loses_power(federation: OnDisks, tmp_path: Path, so: Path) -> No
         daemon = a.daemon
         assert daemon is not None
         # The result is there, and nobody to send it to.
-        until(lambda: '"activity": "train"' in daemon.text() and '"event": "computed"' in daemon.text(), "the result")
+        until(lambda: '"activity": "train", "examples"' in daemon.text(), "the result")
         a.kill()
         lost = disk.lose_power(3)
         assert lost.files or lost.entries
