@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -47,6 +48,7 @@ __all__ = [
     "Write",
 ]
 
+_NO_ROOM = tuple(f"[Errno {number}]" for number in (errno.ENOSPC, errno.EDQUOT))
 CANCEL_GRACE = 10.0
 """Seconds a job has to stop by itself when it is cancelled."""
 
@@ -294,13 +296,16 @@ class Trainer:
         failure = Failure.from_json(message)
         self._refuse_cancelled()
         cause = "it ran out of memory" if failure.reason is FailReason.OUT_OF_MEMORY else failure.exception_class
+        no_room = failure.exception_class == "OSError" and failure.text.startswith(_NO_ROOM)
+        if no_room:
+            cause = "the site's disk is full"
         raise TrainerFailed(
             failure.reason,
             f"workload {self._name}: {what}: {cause}, step {failure.step}",
             exception_class=failure.exception_class,
             step=failure.step,
             memory_bytes=failure.memory_bytes,
-            retryable=failure.reason is FailReason.OUT_OF_MEMORY,
+            retryable=no_room or failure.reason is FailReason.OUT_OF_MEMORY,
             output=f"{failure.text}\n{await child.tail()}".strip(),
         )
 

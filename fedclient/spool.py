@@ -29,6 +29,7 @@ from fedlink.blobs import DIGEST_SIZE, MAX_BLOB_SIZE, BlobRef
 from fedlink.config import Config, Name
 from fedlink.errors import FedlinkError, Reason
 from fedlink.failpoints import reach
+from fedlink.files import make_directory, sync
 from fedlink.run_file import MAX_JSON_BYTES
 from fedlink.tensors import Kind
 
@@ -179,7 +180,7 @@ class Spool:
         self._journal, self._tasks = root / "journal", root / "tasks"
         try:
             for directory in (root, self._journal, self._tasks):
-                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+                make_directory(directory, 0o700)
             self._lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as e:
             raise FedlinkError(Reason.BAD_CONFIG, f"state_dir {root} cannot be used: {e.strerror}") from None
@@ -222,13 +223,21 @@ class Spool:
             os.fsync(f.fileno())
         reach(f"journal.{held.stage}")
         temporary.replace(path)
-        sync_directory(self._journal)
+        sync(self._journal)
 
     def drop(self, token: bytes) -> None:
         """Forget a task and delete its files."""
         (self._journal / f"{token.hex()}.json").unlink(missing_ok=True)
         reach("task.dropped")
         shutil.rmtree(self._tasks / token.hex(), ignore_errors=True)
+
+    def keep_files(self, token: bytes) -> None:
+        """Make what the directories of a task hold survive a power loss."""
+        task = self._tasks / token.hex()
+        for directory in (self.model_dir(token), self.update_dir(token)):
+            sync_files(directory.iterdir())
+        sync(task)
+        sync(self._tasks)
 
     def model_dir(self, token: bytes) -> Path:
         """Where the trainer finds the model of a task."""
@@ -314,17 +323,7 @@ def sync_files(paths: Iterable[Path]) -> None:
     """Make files, and their directories' knowledge of them, survive a power loss."""
     directories = set()
     for path in paths:
-        with path.open("rb") as f:
-            os.fsync(f.fileno())
+        sync(path)
         directories.add(path.parent)
     for directory in directories:
-        sync_directory(directory)
-
-
-def sync_directory(path: Path) -> None:
-    """Make a directory's entries survive a power loss."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        sync(directory)

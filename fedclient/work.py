@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -27,7 +28,7 @@ from pydantic import ValidationError
 from fedclient.launch import FailReason, Job, JobKind, Progress, Result, TrainerFailed, Write
 from fedclient.policy import Refused, Terms
 from fedclient.session import BACKOFF, Session, TaskFailure
-from fedclient.spool import Held, Order, Outcome, Spool, Stage, fresh_directory, sync_files
+from fedclient.spool import Held, Order, Outcome, Spool, Stage, fresh_directory
 from fedclient.transfer import Encoded, Transfer, drop_model_files, encode
 from fedlink import log
 from fedlink.config import explain
@@ -49,6 +50,8 @@ SESSION_OVER = frozenset(
 )
 """The server refuses this daemon: it stops."""
 
+DISK_REFUSES = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS))
+"""What a disk says that is full or cannot be written now."""
 LEAST_BEAT = 1.0
 """Seconds between two heartbeats at least, unless the lease is shorter."""
 
@@ -180,7 +183,7 @@ class Work:
         if accepted and self.order.update:
             if not self.held.completed:
                 self.held = self.held.accepted()
-                await self._tools.on_disk(self._tools.spool.put, self.held)
+                await self._when_the_disk_does(lambda: self._tools.on_disk(self._tools.spool.put, self.held))
         else:
             await self.forget()
         return None
@@ -197,8 +200,14 @@ class Work:
 
     async def forget(self) -> None:
         """Delete everything kept of the task."""
-        await self._tools.on_disk(self._tools.spool.drop, self.held.token)
-        await self._tools.transfer.let_go(self.held.token)
+        try:
+            await self._tools.on_disk(self._tools.spool.drop, self.held.token)
+            await self._tools.transfer.let_go(self.held.token)
+        except OSError as e:
+            if e.errno not in DISK_REFUSES:
+                raise
+            # What stays is deleted after the next start, when the server is asked about it.
+            self._log.error("the site's disk refuses to delete what is over", error=e.strerror)
         self.gone = True
 
     def reopen(self) -> None:
@@ -288,7 +297,7 @@ class Work:
             self._trainer = None
         reach("update.computed")
         self.held = self.held.trained(self._outcome(result))
-        await tools.on_disk(self._keep_result, result)
+        await self._when_the_disk_does(lambda: tools.on_disk(self._keep_result))
         await tools.transfer.let_go(token)
         self._log.info(
             "computed",
@@ -298,12 +307,25 @@ class Work:
             seconds=_since(began),
         )
 
-    def _keep_result(self, result: Result) -> None:
+    async def _when_the_disk_does(self, act: Callable[[], Awaitable[_T]]) -> _T:
+        """Do something that writes what must not be lost, again and again while the disk is full or read-only."""
+        attempts = 0
+        while True:
+            try:
+                return await act()
+            except OSError as e:
+                if e.errno not in DISK_REFUSES:
+                    raise
+                if not attempts:
+                    self._log.error("the site's disk refuses; the finished result waits for it", error=e.strerror)
+                attempts += 1
+                await asyncio.sleep(BACKOFF.delay(attempts, self._tools.rng))
+
+    def _keep_result(self) -> None:
         spool, token = self._tools.spool, self.held.token
         if self.order.update:
-            model_dir = spool.model_dir(token)
-            drop_model_files(model_dir)
-            sync_files([*result.files, *model_dir.iterdir()])
+            drop_model_files(spool.model_dir(token))
+            spool.keep_files(token)
         spool.put(self.held)
 
     def _outcome(self, result: Result) -> Outcome:
@@ -332,7 +354,9 @@ class Work:
         began = time.monotonic()
         if self.order.update and self._encoded is None:
             directories = tools.spool.model_dir(token), tools.spool.update_dir(token)
-            self._encoded = await asyncio.to_thread(encode, self.order, *directories, outcome.files)
+            self._encoded = await self._when_the_disk_does(
+                lambda: asyncio.to_thread(encode, self.order, *directories, outcome.files)
+            )
             reach("update.encoded")
         if self._encoded and self.held.stage is Stage.TRAINED:
             with _already_completed():

@@ -23,12 +23,14 @@ from fedlink import rpc
 from fedlink.corelog import Summary, handshakes_explained
 from fedlink.errors import FedlinkError, Reason
 from fedlink.failpoints import reach
+from fedlink.files import make_directory
 from fedlink.v1 import admin_service_pb2_grpc, coordination_service_pb2_grpc
 from fedserver.runtime.board import TaskBoard
 from fedserver.runtime.completion import Completions
 from fedserver.runtime.driver import Parts
 from fedserver.runtime.engine import Engine
 from fedserver.runtime.events import EventFeed
+from fedserver.runtime.integrity import Integrity
 from fedserver.runtime.recovery import recover
 from fedserver.runtime.sites import SiteRegistry
 from fedserver.runtime.uploads import TaskBlobAccess
@@ -43,6 +45,7 @@ from fedserver.services.probe import ProbeServicer
 from fedserver.settings import Proof, ServerSettings, admin_socket
 from fedserver.store.blobs import DirectoryBlobStore
 from fedserver.store.database import Database
+from fedserver.store.disk import Disk
 from fedserver.store.spool import Spool
 
 _GRACE_SECONDS = 3.0
@@ -104,14 +107,15 @@ async def running(settings: ServerSettings) -> AsyncIterator[App]:
     _make_private(data_dir)
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(_locked(data_dir))
-        database = Database(settings.database_url)
+        disk = Disk(data_dir, reserve=settings.disk_reserve)
+        database = Database(settings.database_url, disk=disk)
         stack.callback(database.close)
         database.open()
         executor = stack.enter_context(ThreadPoolExecutor(_DISK_THREADS, "disk"))
-        store, spool = DirectoryBlobStore(data_dir / "blobs"), Spool(data_dir / "spool")
+        store, spool = DirectoryBlobStore(data_dir / "blobs"), Spool(data_dir / "spool", disk=disk)
         await recover(database, store, spool, data_dir / "tmp")
         reach("server.recovered")
-        parts, engine = _build(settings, database, store, spool)
+        parts, engine = _build(settings, database, store, spool, disk)
         await parts.sites.load()
         await engine.start()
         stack.push_async_callback(engine.close)
@@ -145,6 +149,7 @@ async def running(settings: ServerSettings) -> AsyncIterator[App]:
             board=parts.board,
             versions=parts.versions,
             feed=parts.feed,
+            integrity=parts.integrity,
         )
         admin_service_pb2_grpc.add_AdminServiceServicer_to_server(admin, admin_server)
         imports = BlobServicer(parts.access, store, spool, identify=operator, executor=executor, limits=limits)
@@ -153,10 +158,7 @@ async def running(settings: ServerSettings) -> AsyncIterator[App]:
         reflection.enable_server_reflection((*_SERVICES[:2], reflection.SERVICE_NAME), admin_server)
         socket = admin_socket(data_dir)
         address = await _listen(settings, certificates, sites_server, admin_server, socket)
-        # Whoever waits for the file is never to find it empty.
-        fresh = data_dir / ".address"
-        fresh.write_text(address + "\n", encoding="ascii")
-        fresh.replace(data_dir / "address")
+        _publish(address, data_dir / "address")
         app = App(address, socket, engine.drained)
         try:
             yield app
@@ -177,14 +179,15 @@ def _tls(settings: ServerSettings) -> str:
 
 
 def _build(
-    settings: ServerSettings, database: Database, store: DirectoryBlobStore, spool: Spool
+    settings: ServerSettings, database: Database, store: DirectoryBlobStore, spool: Spool, disk: Disk
 ) -> tuple[Parts, Engine]:
     board = TaskBoard(database, lease_term=settings.lease_term)
-    versions = Versions(database, store, spool, settings.data_dir / "tmp")
-    access = TaskBlobAccess(database, board, versions, store, spool)
+    versions = Versions(database, store, spool, settings.data_dir / "tmp", disk)
+    integrity = Integrity(database, versions, store)
+    access = TaskBlobAccess(database, board, versions, store, spool, integrity=integrity)
     changed = asyncio.Event()
     sites = SiteRegistry(database, lease_term=settings.lease_term, proof=settings.proof, changed=changed.set)
-    parts = Parts(database, board, sites, versions, access, EventFeed(database))
+    parts = Parts(database, board, sites, versions, access, EventFeed(database), integrity, disk)
     return parts, Engine(parts, changed)
 
 
@@ -229,9 +232,19 @@ async def _listen(
     return f"{host}:{port}"
 
 
+def _publish(address: str, path: Path) -> None:
+    # On a full disk the old one does, if it is right.
+    if path.is_file() and path.read_text(encoding="ascii").strip() == address:
+        return
+    # Whoever waits for the file is never to find it empty.
+    fresh = path.with_name(".address")
+    fresh.write_text(address + "\n", encoding="ascii")
+    fresh.replace(path)
+
+
 def _make_private(data_dir: Path) -> None:
     try:
-        data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_directory(data_dir, 0o700)
     except OSError as e:
         raise FedlinkError(Reason.BAD_CONFIG, f"data directory {data_dir} cannot be made: {e.strerror}") from None
 
@@ -265,7 +278,7 @@ def _locked(data_dir: Path) -> Iterator[None]:
                 f"data directory {data_dir} is in use by the fedserver with process id {holder}; "
                 "stop that one, or choose another with --data-dir",
             )
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        with contextlib.suppress(OSError):  # on a full disk nobody is told who it is
+            file.truncate(0)
+            os.write(file.fileno(), str(os.getpid()).encode())
         yield

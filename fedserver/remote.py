@@ -82,6 +82,17 @@ class Admin:
                 return items
             request.page_token = page.next_page_token
 
+    async def stream(self, method: Callable[..., Any], request: Message) -> list[Any]:
+        """Everything that a streaming call answers.
+
+        Raises:
+            FedlinkError: as for `call`.
+        """
+        try:
+            return [item async for item in method(request)]
+        except grpc.aio.AioRpcError as e:
+            raise self._explained(rpc.from_rpc_error(e)) from None
+
     async def healthy(self) -> None:
         """Return if the server says that it serves.
 

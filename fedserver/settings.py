@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from fedlink.config import Config, Seconds, load_toml
+from fedlink.config import Bytes, Config, Seconds, load_toml
 from fedlink.errors import FedlinkError, Reason
 from fedlink.tls import is_loopback
 
@@ -75,6 +75,8 @@ class ServerSettings(Config):
     """Seconds a poll is held; below the lease term, so that a waiting site counts as connected."""
     bulk_streams: int = Field(8, ge=1, le=256)
     """Bulk streams admitted at once; each may use about 12 MiB."""
+    disk_reserve: Bytes = Field(256 << 20, ge=0)
+    """Bytes of the data directory's disk that uploads leave free, besides what the next version takes."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @field_validator("listen")

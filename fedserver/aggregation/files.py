@@ -42,7 +42,7 @@ class ShardReader:
         """
         path = files[entry.file]
         try:
-            read_into(self._descriptor(path), out, entry.stored.offset + start)
+            self.read_bytes(path, entry.stored.offset + start, out)
         except TensorError as e:
             name = entry.spec.name
             raise FedlinkError(
@@ -50,6 +50,15 @@ class ShardReader:
                 f"{path} ends in the middle of tensor {name!r}; the file was changed after it had been checked",
                 metadata={"tensor": name},
             ) from e
+
+    def read_bytes(self, path: Path, start: int, out: memoryview) -> None:
+        """Fill `out` from `start` bytes into a file.
+
+        Raises:
+            TensorError: the file is shorter.
+            OSError: the file cannot be read.
+        """
+        read_into(self._descriptor(path), out, start)
 
     def _descriptor(self, path: Path) -> int:
         fd = self._open.get(path)

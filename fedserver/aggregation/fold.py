@@ -14,10 +14,12 @@ from fedlink.errors import FedlinkError, Reason
 from fedlink.failpoints import reach
 from fedlink.manifest import Manifest, TensorEntry, manifest_of_files
 from fedlink.tensors import DTYPES, Header, Kind, Role, TensorSpec, shard_name, windows
-from fedserver.aggregation.files import NamingWriter, ShardReader, naming_a_full_disk
+from fedserver.aggregation.checked import CheckedReader
+from fedserver.aggregation.files import NamingWriter, naming_a_full_disk
 from fedserver.aggregation.numbers import Raw, decode, encode, sound
 from fedserver.aggregation.pipeline import (
     Contribution,
+    Holder,
     ModelFiles,
     NewVersion,
     Pipeline,
@@ -58,8 +60,8 @@ def aggregate(
 
     Raises:
         FedlinkError: NO_EXAMPLES if the weights sum to zero, NOT_FINITE naming the tensor if a
-            result is NaN or infinite or too large for its dtype, BLOB_CORRUPT if a file is shorter than its
-            manifest says, DISK_FULL.
+            result is NaN or infinite or too large for its dtype, BLOB_CORRUPT if a file is not what its manifest
+            says, with metadata "digest", and "client" if it is part of an update; DISK_FULL.
         OSError: a file cannot be read or written.
     """
     ordered = sorted(contributions, key=lambda c: c.client)
@@ -112,7 +114,7 @@ class _ShardFold:
         self._plan = plan
         self._index = index
         self._entries = plan.model.manifest.in_file(index)
-        self._reader = ShardReader()
+        self._reader = CheckedReader()
         self._raw = np.empty(WINDOW * 8, np.uint8)
         self._values, self._direction, self._lent = (np.empty(WINDOW) for _ in range(3))
 
@@ -163,10 +165,10 @@ class _ShardFold:
             self._read(contribution, contribution.manifest.by_name[name], first, self._lent[:count])
             yield contribution.num_examples, self._lent[:count]
 
-    def _read(self, holder: ModelFiles | Contribution, entry: TensorEntry, first: int, out: Window) -> None:
+    def _read(self, holder: Holder, entry: TensorEntry, first: int, out: Window) -> None:
         size = DTYPES[entry.spec.dtype].bits // 8
         raw = self._raw[: len(out) * size]
-        self._reader.read(holder.files, entry, first * size, raw.data)
+        self._reader.read(holder, entry, first * size, raw.data)
         decode(raw, entry.spec.dtype, out)
 
     def _encoded(self, name: str, dtype: str, values: Window) -> Raw:
@@ -180,11 +182,11 @@ class _ShardFold:
             )
         return raw
 
-    def _copy(self, holder: ModelFiles | Contribution, name: str, out: NamingWriter) -> None:
+    def _copy(self, holder: Holder, name: str, out: NamingWriter) -> None:
         entry = holder.manifest.by_name[name]
         for start, length in windows(entry.spec.nbytes, len(self._raw)):
             raw = self._raw[:length]
-            self._reader.read(holder.files, entry, start, raw.data)
+            self._reader.read(holder, entry, start, raw.data)
             out.write(name, raw.data)
 
 

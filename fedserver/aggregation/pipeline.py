@@ -24,6 +24,13 @@ class ModelFiles:
     manifest: Manifest
     files: Sequence[Path]
     """Where each of `manifest.files` lies, in the same order."""
+    lists: Sequence[Path] = ()
+    """Where the chunk list of each lies; what is read is compared with it. Empty: it is believed."""
+
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return "the model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +43,17 @@ class Contribution:
     manifest: Manifest
     files: Sequence[Path]
     """Where each of `manifest.files` lies, in the same order."""
+    lists: Sequence[Path] = ()
+    """As for `ModelFiles`."""
+
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return f"the update of client {self.client!r}"
+
+
+Holder = ModelFiles | Contribution
+"""What tensors are read from."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from fedlink.errors import FedlinkError, Reason
 from fedlink.v1 import admin_service_pb2 as pb
 from fedserver.cli.output import DATA_DIR, DataDir, Json, local, print_list, print_one, size, with_admin
 from fedserver.remote import Admin
@@ -102,6 +103,27 @@ def unpin(name: Version, *, data_dir: DataDir = DATA_DIR) -> None:
     answer = with_admin(data_dir, lambda a: a.call(a.stub.UnpinModel, pb.UnpinModelRequest(name=name)))
     what = "its run's retention keeps it for now" if answer.kept else "it is deleted, for its run's retention ends"
     typer.echo(f"{name} is not pinned; {what}")
+
+
+@app.command()
+def verify(
+    name: Annotated[
+        str, typer.Argument(metavar="[RUN[@VERSION]]", help="A model or version. Default: every one there is.")
+    ] = "",
+    *,
+    as_json: Json = False,
+    data_dir: DataDir = DATA_DIR,
+) -> None:
+    """Hash the stored files again on the server, and name those that are damaged; exit code 1 if there are any."""
+    files = with_admin(data_dir, lambda a: a.stream(a.stub.VerifyModels, pb.VerifyModelsRequest(name=name)))
+    damaged = [f for f in files if f.damage]
+    columns = [("model", lambda f: f.model), ("file", lambda f: f.file), ("damage", lambda f: f.damage)]
+    if as_json or damaged:
+        print_list(files if as_json else damaged, columns, as_json=as_json)
+    if damaged:
+        raise FedlinkError(Reason.FAILED, f"{len(damaged)} of {len(files)} files are damaged")
+    if not as_json:
+        typer.echo(f"{len(files)} files of {len({f.model for f in files})} models are as they were stored")
 
 
 def _progress(what: str) -> Progress:

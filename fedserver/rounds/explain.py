@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from fedserver.rounds.model import Phase, Round, TaskState
@@ -73,6 +73,8 @@ class RunView:
     evaluation_seconds_left: float = 0.0
     draining: bool = False
     """The server lets nothing new begin, and ends soon."""
+    obstacle: str = ""
+    """What is wrong with the server meanwhile, e.g. its disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,13 +139,16 @@ def account(view: RunView) -> Wait:
             "paused by an operator: only `fedserver run resume` or `fedserver run stop` ends that", endless=True
         )
     wait = _evaluation(view) if view.evaluation else _round(view, current) if current else Wait()
-    if wait.sentence and view.draining:
-        text = "; the server is draining: no task is handed out and no deadline runs out"
-        wait = replace(wait, sentence=wait.sentence + text)
-    if wait.sentence and view.state == "paused":
-        text = "; the run is paused: no further round begins until `fedserver run resume`"
-        wait = replace(wait, sentence=wait.sentence + text)
-    return wait
+    return replace(wait, sentence="; ".join((wait.sentence, *_meanwhile(view)))) if wait.sentence else wait
+
+
+def _meanwhile(view: RunView) -> Iterator[str]:
+    if view.draining:
+        yield "the server is draining: no task is handed out and no deadline runs out"
+    if view.state == "paused":
+        yield "the run is paused: no further round begins until `fedserver run resume`"
+    if view.obstacle:
+        yield view.obstacle
 
 
 def absentees(view: RunView) -> str:

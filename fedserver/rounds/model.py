@@ -135,7 +135,16 @@ class AggregationFailed:
     reason: str
 
 
-Event = SitesChanged | TaskChanged | Tick | CloseRequested | Aggregated | AggregationFailed
+@dataclass(frozen=True, slots=True)
+class UpdateLost:
+    """The bytes of an accepted update have changed or gone while it was to be added up; its site still has it."""
+
+    client: str
+    not_before: float
+    """The deadline is not earlier: the site gets a term to send it again."""
+
+
+Event = SitesChanged | TaskChanged | Tick | CloseRequested | Aggregated | AggregationFailed | UpdateLost
 """What the machine is told."""
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fedlink.blobs import BlobRef
+from fedlink.errors import FedlinkError
 from fedlink.transfer import Purpose
 
 
@@ -60,6 +61,10 @@ class BlobAccess(Protocol):
         Raises:
             FedlinkError: UPLOAD_NOT_FOUND, ROUND_CLOSED.
         """
+        ...
+
+    async def damaged(self, caller: Caller, digest: bytes, error: FedlinkError) -> FedlinkError:
+        """Take note of a blob that was found damaged; what to tell the caller, who is an operator or was reading it."""
         ...
 
     def count_read(self, task_token: bytes, nbytes: int) -> None:

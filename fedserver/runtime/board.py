@@ -24,7 +24,7 @@ from fedserver.store.queries import tasks as q
 from fedserver.store.rows import RunRow, TaskRow
 
 UPDATE_LOST = "UPDATE_LOST"
-"""Reason of an open task whose accepted update was lost with the power."""
+"""Reason of an open task whose accepted update was lost: with the power, or because its bytes have changed."""
 RETRY_BASE = 2.0
 """Seconds a site waits at most for the second attempt at a task that failed; each further one doubles it."""
 RETRY_CAP = 300.0
@@ -66,7 +66,7 @@ class OpenTask:
     """When it may be fetched, on the monotonic clock: a further attempt is held back for a while."""
     fetched: bool = False
     reopened: bool = False
-    """Its accepted update was lost with the power; the site is asked for it again."""
+    """Its accepted update was lost; the site is asked for it again."""
     activity: str = ""
     done: int = 0
     total: int = 0

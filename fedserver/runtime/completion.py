@@ -26,7 +26,7 @@ MAX_EXAMPLES = 1 << 53
 """Larger weights are not exact in float64."""
 _MAX_METRICS = 64
 # Bytes that were not sent are the site's to send, not a verdict on the update.
-_NOT_A_VERDICT = (Reason.BLOB_MISSING, Reason.BLOB_CORRUPT, Reason.INTERNAL)
+_NOT_A_VERDICT = (Reason.BLOB_MISSING, Reason.INTERNAL)
 
 
 class Completions:
@@ -133,11 +133,11 @@ class Completions:
 
         def check() -> None:
             what = f"the update of client {task.client!r}"
-            update, files = self._versions.uploaded_manifest(claim.update_digest, uploads, what)
+            update = self._versions.uploaded(claim.update_digest, uploads, what)
             check_update(
                 model,
-                update,
-                files,
+                update.manifest,
+                update.files,
                 kind=spec.update_kind,
                 update_dtype=WIRE_DTYPES[spec.update_dtype],
                 max_bytes=max_update_bytes(model, spec),
@@ -147,6 +147,9 @@ class Completions:
             async with self._slots:
                 await asyncio.to_thread(check)
         except FedlinkError as e:
+            if e.reason is Reason.BLOB_CORRUPT:
+                await self._versions.reverify(task.row)
+                raise FedlinkError(Reason.BLOB_MISSING, f"{e.message}; send it again, then repeat the call") from None
             if e.reason in _NOT_A_VERDICT:
                 raise
             return Verdict(accepted=False, reason=e.reason.name, tensor=e.metadata.get("tensor", ""), message=str(e))

@@ -13,7 +13,8 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -40,16 +41,19 @@ from fedserver.rounds.model import (
     TaskChanged,
     TaskState,
     Tick,
+    UpdateLost,
 )
 from fedserver.runtime import outlook, records
 from fedserver.runtime.board import OpenTask, TaskBoard
 from fedserver.runtime.evaluations import Evaluations
 from fedserver.runtime.events import EventFeed
+from fedserver.runtime.integrity import Integrity
 from fedserver.runtime.sites import SiteRegistry
 from fedserver.runtime.uploads import TaskBlobAccess
-from fedserver.runtime.versions import StoredVersion, Versions
+from fedserver.runtime.versions import READ_SECONDS, StoredVersion, Versions
 from fedserver.runtime.whole import whole
 from fedserver.store.database import Database
+from fedserver.store.disk import Disk, is_disk
 from fedserver.store.queries import runs as q
 from fedserver.store.queries import tasks as task_queries
 from fedserver.store.rows import RunRow, TaskRow
@@ -59,6 +63,8 @@ T = TypeVar("T")
 _Work = Callable[[Connection], Any]
 _TRY_AGAIN_SECONDS = 5.0
 _NAMES = {IssueTasks: "issued", Reissue: "reissued", Aggregate: "closed", Fail: "failed"}
+_ASK_AGAIN = 3
+"""Times a site is asked again for one update whose bytes have changed here."""
 
 
 def _serial(
@@ -75,6 +81,16 @@ def _serial(
     return call
 
 
+@contextlib.contextmanager
+def _until_the_disk_does() -> Iterator[None]:
+    """Pass over what the disk refuses now: `tick` takes it up, and a server that starts serves what needs no disk."""
+    try:
+        yield
+    except FedlinkError as e:
+        if not is_disk(e):
+            raise
+
+
 @dataclass(frozen=True)
 class Parts:
     """What every driver works with."""
@@ -85,6 +101,8 @@ class Parts:
     versions: Versions
     access: TaskBlobAccess
     feed: EventFeed
+    integrity: Integrity
+    disk: Disk
 
 
 class RunDriver:
@@ -110,6 +128,8 @@ class RunDriver:
         self._tidying: set[asyncio.Task[None]] = set()
         self._evaluations = Evaluations(row, parts.board)
         self._failures = 0
+        self._undropped: dict[tuple[int, int], Round] = {}
+        self._asked: Counter[int] = Counter()
         self._log = logs.get("rounds").bind(run=row.name)
 
     async def start(self, *, extended: bool = False) -> None:
@@ -124,7 +144,8 @@ class RunDriver:
             self._evaluations.restore(unfinished)
             found = await self._db.run(lambda c: q.newest_round(c, self.row.id))
             if found is None or found.phase in (Phase.COMMITTED, Phase.FAILED):
-                await self._go_on(whatever_the_target=extended)
+                with _until_the_disk_does():
+                    await self._go_on(whatever_the_target=extended)
             else:
                 number, attempt = found.number, found.attempt
                 tasks = await self._db.run(lambda c: task_queries.round_tasks(c, self.row.id, number, attempt))
@@ -132,7 +153,8 @@ class RunDriver:
                 self.round = outlook.restored(self.row, found, tasks, not_before=time.time() + self._board.lease_term)
                 if self.round.phase is Phase.AGGREGATE:
                     self._begin_aggregation()
-        await self.sites_changed()
+        with _until_the_disk_does():
+            await self.sites_changed()
 
     async def close(self) -> None:
         """Stop working; nothing that is committed is lost."""
@@ -373,14 +395,19 @@ class RunDriver:
             try:
                 await self._make_version(current)
             except FedlinkError as e:
-                await self._aggregation_failed(current, str(e))
+                if is_disk(e):
+                    # The disk has said so. The updates stay, and `_resume` begins again.
+                    await asyncio.sleep(_TRY_AGAIN_SECONDS)
+                elif not await self._asked_again(current, e):
+                    await self._aggregation_failed(current, str(e))
             except Exception as e:  # noqa: BLE001 - whatever it is, the run must not hang
                 if self.round is current:  # otherwise the run was stopped, and its updates are gone
                     self._log.exception("aggregation failed", round=current.number)
                 reason = f"an error in the server ({type(e).__name__}); its log has the details"
                 await self._aggregation_failed(current, reason)
-        except Exception:  # noqa: BLE001 - not even that could be written: `_resume` tries it all again
-            self._log.exception("failure not recorded", round=current.number)
+        except Exception as e:  # noqa: BLE001 - not even that could be written: `_resume` tries it all again
+            if not is_disk(e):
+                self._log.exception("failure not recorded", round=current.number)
             await asyncio.sleep(_TRY_AGAIN_SECONDS)
 
     async def _make_version(self, current: Round) -> None:
@@ -391,6 +418,31 @@ class RunDriver:
             if self.round is current:
                 await self._commit_version(current, stored, tasks, time.monotonic() - started)
         self._tidy()
+
+    async def _asked_again(self, current: Round, error: FedlinkError) -> bool:
+        """If an update has changed on the disk or is gone: ask its site for it once more, which it keeps for that.
+
+        Returns:
+            False if it is something else, or the site was asked too often already.
+        """
+        client = error.metadata.get("client", "")
+        if error.reason is Reason.BLOB_CORRUPT and not client and "digest" in error.metadata:
+            await self._parts.integrity.note(bytes.fromhex(error.metadata["digest"]), error)
+        if error.reason not in (Reason.BLOB_CORRUPT, Reason.BLOB_MISSING) or not client:
+            return False
+        async with self._lock:
+            tasks, _ = await self._db.run(lambda c: records.aggregation_inputs(c, self.row, current))
+            lost = [t for t in tasks if t.client == client]
+            if self.round is not current or not lost or self._asked[lost[0].id] >= _ASK_AGAIN:
+                return self.round is not current
+            self._asked[lost[0].id] += 1
+            self._log.error("asks for an update again", round=current.number, client=client, because=error.message)
+            await self._parts.versions.reverify(lost[0])
+            rows: list[TaskRow] = []
+            term = time.time() + self._board.lease_term
+            await self._apply(UpdateLost(client, term), lambda c: rows.append(records.reopen_task(c, lost[0])))
+            self._board.add(self.row, rows, fresh=False)
+        return True
 
     async def _aggregation_failed(self, current: Round, reason: str) -> None:
         async with self._lock:
@@ -423,8 +475,15 @@ class RunDriver:
         await self._go_on()
 
     async def _drop_updates(self, current: Round) -> None:
-        uploads = await self._db.run(lambda c: records.forget_updates(c, self.row.id, current))
+        try:
+            uploads = await self._db.run(lambda c: records.forget_updates(c, self.row.id, current))
+        except FedlinkError as e:
+            if not is_disk(e):
+                raise
+            self._undropped[current.number, current.attempt] = current
+            return
         reach("updates.forgotten")
+        self._undropped.pop((current.number, current.attempt), None)
         self._parts.access.forget(u.id for u in uploads)
         try:
             await self._parts.versions.forget_uploads(uploads)
@@ -440,15 +499,21 @@ class RunDriver:
 
     async def _retire(self) -> None:
         try:
-            await self._parts.versions.retire(self.row.id)
-        except Exception:  # noqa: BLE001 - tried again after the next version
-            self._log.exception("versions not retired")
+            spared = await self._parts.versions.retire(self.row.id)
+            while spared:
+                await asyncio.sleep(READ_SECONDS)
+                spared = await self._parts.versions.retire(self.row.id)
+        except Exception as e:  # noqa: BLE001 - tried again after the next version
+            if not is_disk(e):
+                self._log.exception("versions not retired")
 
     # --- What comes next
 
     async def _resume(self) -> None:
         """Take up a transition that an error (a full disk, a locked database) stopped half-way."""
         phase = self.round.phase if self.round is not None else None
+        for ended in list(self._undropped.values()):
+            await self._drop_updates(ended)
         if phase is Phase.AGGREGATE and (self._aggregation is None or self._aggregation.done()):
             self._begin_aggregation()
         elif phase in (None, Phase.COMMITTED, Phase.FAILED):
@@ -558,4 +623,5 @@ class RunDriver:
             board=self._board,
             evaluations=self._evaluations,
             aggregating=time.monotonic() - self._aggregating_since,
+            obstacle=self._parts.disk.trouble,
         )

@@ -24,6 +24,7 @@ from fedserver.runtime.driver import Parts, RunDriver
 from fedserver.runtime.underway import UnderWay
 from fedserver.runtime.versions import version_owner
 from fedserver.runtime.whole import whole
+from fedserver.store.disk import is_disk
 from fedserver.store.queries import models as model_queries
 from fedserver.store.queries import runs as q
 from fedserver.store.queries import tasks as task_queries
@@ -259,8 +260,10 @@ class Engine:
         """One run's trouble must not stop the clock for the others."""
         try:
             await work()
-        except Exception:  # noqa: BLE001 - logged, and tried again at the next tick
-            self._log.exception("tick failed")
+        except Exception as e:  # noqa: BLE001 - logged, and tried again at the next tick
+            # What the disk refuses, it has logged itself, once.
+            if not is_disk(e):
+                self._log.exception("tick failed")
 
 
 def _parse_spec(spec_json: str) -> RunSpec:

@@ -42,6 +42,7 @@ def view(
     board: TaskBoard,
     evaluations: Evaluations,
     aggregating: float,
+    obstacle: str,
 ) -> RunView:
     """What is known of a live run at this moment.
 
@@ -53,6 +54,7 @@ def view(
         board: the open tasks.
         evaluations: the run's.
         aggregating: seconds the aggregation under way has taken.
+        obstacle: what is wrong with the server.
     """
     now = time.time()
     fine, refusals = eligible(run.name, spec, sites)
@@ -74,6 +76,7 @@ def view(
         evaluation=evaluations.states(run.version) if current is None else {},
         evaluation_seconds_left=evaluations.seconds_left(run.version),
         draining=board.draining,
+        obstacle=obstacle,
     )
 
 

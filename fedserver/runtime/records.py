@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 
 from fedserver.rounds.evaluation import is_better, weighted_means
 from fedserver.rounds.model import Phase, Round, TaskState
-from fedserver.runtime.board import OpenTask
+from fedserver.runtime.board import UPDATE_LOST, OpenTask
 from fedserver.runtime.versions import StoredVersion, version_owner
 from fedserver.store.queries import models as model_queries
 from fedserver.store.queries import runs as q
@@ -138,6 +138,18 @@ def commit_version(
         "seconds": round(now - opened.opened, 4) if opened else 0.0,
     }
     q.add_event(c, run.id, "round_committed", data, now)
+
+
+def reopen_task(c: Connection, task: TaskRow) -> TaskRow:
+    """An accepted update is not there any more: its site is asked for it again.
+
+    Returns:
+        The task as it is now.
+    """
+    task_queries.save_task(c, task.id, state=TaskState.PENDING, reason=UPDATE_LOST, update_digest=None, ended=None)
+    data = {"round": task.round, "client": task.client, "reason": UPDATE_LOST}
+    q.add_event(c, task.run_id, "task_reopened", data, time.time())
+    return task_queries.task_by_id(c, task.id)
 
 
 def bytes_down(c: Connection, run_id: int, tasks: Sequence[TaskRow], base: int) -> int:

@@ -17,7 +17,7 @@ from sqlalchemy import Connection
 from fedlink import log as logs
 from fedlink.errors import FedlinkError
 from fedserver.rounds.model import Phase, TaskState
-from fedserver.runtime.board import UPDATE_LOST
+from fedserver.runtime import records
 from fedserver.store.blobs import BlobStore
 from fedserver.store.database import Database
 from fedserver.store.queries import models as model_queries
@@ -32,7 +32,7 @@ _IMPORT_KEPT_SECONDS = 24 * 3600.0
 async def recover(database: Database, store: BlobStore, spool: Spool, scratch: Path) -> None:
     """Bring the bytes into line with the database; call before the engine starts.
 
-    A task whose accepted update was lost is open again afterwards, with reason `UPDATE_LOST`.
+    A task whose accepted update was lost is open again afterwards, with reason UPDATE_LOST.
     """
     log = logs.get("recovery")
     boot = await asyncio.to_thread(_boot_id)
@@ -42,8 +42,9 @@ async def recover(database: Database, store: BlobStore, spool: Spool, scratch: P
     needed = await database.run(model_queries.needed)
 
     def sweep() -> tuple[int, list[UploadRow]]:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
+        scratch.mkdir(parents=True, exist_ok=True)
+        for left in scratch.iterdir():
+            shutil.rmtree(left, ignore_errors=True)
         stray = [i for i in spool.ids() if i not in known]
         for upload_id in stray:
             spool.delete(upload_id)
@@ -55,7 +56,8 @@ async def recover(database: Database, store: BlobStore, spool: Spool, scratch: P
 
     swept, torn = await asyncio.to_thread(sweep)
     reopened = await database.run(lambda c: _reopen(c, torn))
-    await database.run(lambda c: model_queries.set_meta(c, "boot_id", boot))
+    if boot != previous:  # nothing is written that need not be: the disk may be full
+        await database.run(lambda c: model_queries.set_meta(c, "boot_id", boot))
     if swept or reopened:
         log.warning("recovered", swept=swept, uploads_torn=len(torn), tasks_asked_again=reopened)
 
@@ -109,9 +111,7 @@ def _reopen(c: Connection, torn: list[UploadRow]) -> int:
         found = run_queries.round_attempt(c, task.run_id, task.round, task.round_attempt)
         if task.state != TaskState.ACCEPTED or found is None or found.phase not in (Phase.COLLECT, Phase.AGGREGATE):
             continue
-        q.save_task(c, task.id, state=TaskState.PENDING, reason=UPDATE_LOST, update_digest=None, ended=None)
         run_queries.save_round(c, task.run_id, task.round, task.round_attempt, phase=Phase.COLLECT)
-        data = {"round": task.round, "client": task.client, "reason": UPDATE_LOST}
-        run_queries.add_event(c, task.run_id, "task_reopened", data, time.time())
+        records.reopen_task(c, task)
         reopened += 1
     return reopened

@@ -17,12 +17,13 @@ from fedlink.errors import FedlinkError, Reason
 from fedlink.failpoints import reach
 from fedlink.manifest import Manifest
 from fedlink.run_file import WIRE_DTYPES, RunSpec
-from fedlink.tensors import Role, update_spec
+from fedlink.tensors import DTYPES, Role, update_spec
 from fedlink.transfer import ImportPurpose, Purpose
 from fedserver.rounds.model import TaskState
 from fedserver.runtime.access import Caller
 from fedserver.runtime.board import OpenTask, TaskBoard
-from fedserver.runtime.versions import Versions, is_whole
+from fedserver.runtime.integrity import Integrity
+from fedserver.runtime.versions import Versions, is_whole, versions_among
 from fedserver.runtime.whole import whole
 from fedserver.store.blobs import BlobStore
 from fedserver.store.database import Database
@@ -45,17 +46,32 @@ def max_update_bytes(model: Manifest, spec: RunSpec) -> int:
     return data + sum(len(s.name.encode()) * 2 + 512 for s in trained) + 4096 * (len(model.files) + 1)
 
 
+def next_version_bytes(model: Manifest) -> int:
+    """About how many bytes the next version of a model takes: what trains, and a float32 master of what is narrower."""
+    specs = [t.spec for t in model.tensors if t.spec.role is not Role.FROZEN]
+    narrow = [s for s in specs if s.is_delta and DTYPES[s.dtype].bits < 32]
+    return sum(s.nbytes for s in specs) + sum(4 * s.elements for s in narrow)
+
+
 class TaskBlobAccess:
     """`BlobAccess` over the board, the database, the store and the spool."""
 
     def __init__(
-        self, database: Database, board: TaskBoard, versions: Versions, store: BlobStore, spool: Spool
+        self,
+        database: Database,
+        board: TaskBoard,
+        versions: Versions,
+        store: BlobStore,
+        spool: Spool,
+        *,
+        integrity: Integrity,
     ) -> None:
         self._db = database
         self._board = board
         self._versions = versions
         self._store = store
         self._spool = spool
+        self._integrity = integrity
         self._manifests: dict[bytes, Manifest] = {}
         self._starting = asyncio.Lock()
         self._tokens: dict[bytes, bytes] = {}
@@ -96,8 +112,10 @@ class TaskBlobAccess:
         raise _not_found()
 
     async def _published(self, digest: bytes) -> BlobRef:
-        if not await self._db.run(lambda c: model_queries.needed_of(c, [digest])):
+        owners = await self._db.run(lambda c: model_queries.owners_of(c, digest))
+        if not owners:
             raise _not_found()
+        self._versions.note_read(versions_among(owners))
 
         def size() -> int:
             with self._store.open(digest) as blob:
@@ -133,10 +151,11 @@ class TaskBlobAccess:
         self, caller: Caller, purpose: Purpose, task: OpenTask | None, ref: BlobRef, chunk_digests: bytes
     ) -> bytes:
         mine = await self._uploads(purpose, task)
+        leave = await self._kept_free()
         for upload in mine:
             if upload.digest == ref.digest:
                 # Creating it again does nothing, unless a power loss took the slot.
-                await asyncio.to_thread(self._spool.create, upload.id, ref, chunk_digests)
+                await asyncio.to_thread(self._spool.create, upload.id, ref, chunk_digests, leave=leave)
                 return upload.id
         if task is not None:
             await self._check_room(task, mine, ref)
@@ -153,7 +172,7 @@ class TaskBlobAccess:
                 c, id=upload_id, client=name, digest=ref.digest, size=ref.size, created=time.time(), **values
             )
 
-        await asyncio.to_thread(self._make_slot, upload_id, source, ref, chunk_digests)
+        await asyncio.to_thread(self._make_slot, upload_id, source, ref, chunk_digests, leave)
         reach("upload.slot")
         try:
             await self._db.run(work)
@@ -163,13 +182,13 @@ class TaskBlobAccess:
         reach("upload.started")
         return upload_id
 
-    def _make_slot(self, upload_id: bytes, source: Path | None, ref: BlobRef, chunk_digests: bytes) -> None:
+    def _make_slot(self, upload_id: bytes, source: Path | None, ref: BlobRef, chunk_digests: bytes, leave: int) -> None:
         if source is not None:
             # What was here a moment ago may have gone with its round; then it has to be sent.
             with contextlib.suppress(FileNotFoundError):
-                self._spool.link(upload_id, source, ref, chunk_digests)
+                self._spool.link(upload_id, source, ref, chunk_digests, leave=leave)
                 return
-        self._spool.create(upload_id, ref, chunk_digests)
+        self._spool.create(upload_id, ref, chunk_digests, leave=leave)
 
     async def owned(self, caller: Caller, upload_id: bytes) -> None:
         """See `BlobAccess`."""
@@ -179,6 +198,14 @@ class TaskBlobAccess:
             raise FedlinkError(Reason.UPLOAD_NOT_FOUND, "there is no such upload; begin with StartUpload")
         if row.task_id is not None and not any(t.row.id == row.task_id for t in self._board.of_client(caller.name)):
             raise FedlinkError(Reason.ROUND_CLOSED, "the task of this upload is over; drop it")
+
+    async def damaged(self, caller: Caller, digest: bytes, error: FedlinkError) -> FedlinkError:
+        """See `BlobAccess`."""
+        users = await self._integrity.note(digest, error)
+        # Which other runs share a blob is not for sites to know.
+        if not caller.operator or not users:
+            return error
+        return FedlinkError(error.reason, f"{error.message} It is part of {', '.join(users)}.", metadata=error.metadata)
 
     def forget(self, upload_ids: Iterable[bytes]) -> None:
         """Stop accounting for uploads that are deleted."""
@@ -198,6 +225,20 @@ class TaskBlobAccess:
             task.bytes_up += nbytes
 
     # --- Parts
+
+    async def _kept_free(self) -> int:
+        """Bytes that uploads must leave: with less, the largest live run could not make its next version of them."""
+
+        def bases(c: Connection) -> set[bytes]:
+            live = run_queries.list_runs(c, states=run_queries.LIVE_STATES)
+            versions = [run_queries.version(c, r.id, r.version) for r in live]
+            return {v.digest for v in versions if v is not None and v.kept}
+
+        sizes = [0]
+        for digest in await self._db.run(bases):
+            with contextlib.suppress(FedlinkError):  # damaged, which its own run will hear
+                sizes.append(next_version_bytes(await self.model_manifest(digest)))
+        return max(sizes)
 
     async def _task(self, caller: Caller, purpose: Purpose) -> OpenTask | None:
         if isinstance(purpose, ImportPurpose):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import shutil
 import time
 from collections.abc import AsyncIterator, Collection, Iterable, Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 from sqlalchemy import Connection
 
 from fedlink import log as logs
-from fedlink.blobs import MAX_MANIFEST_SIZE, BlobRef, chunk_digests_of, ref_of
+from fedlink.blobs import MAX_MANIFEST_SIZE, BlobRef, blob_digest, chunk_digests_of, ref_of
 from fedlink.errors import FedlinkError, Reason
 from fedlink.failpoints import reach
 from fedlink.manifest import Manifest
@@ -24,12 +25,15 @@ from fedserver.aggregation.presets import pipeline_for
 from fedserver.runtime.whole import whole
 from fedserver.store.blobs import BlobStore, read_blob
 from fedserver.store.database import Database
+from fedserver.store.disk import Disk
 from fedserver.store.queries import models as model_queries
 from fedserver.store.queries import runs as run_queries
 from fedserver.store.queries import tasks as task_queries
 from fedserver.store.rows import ModelRow, RunRow, TaskRow, UploadRow, VersionRow
 from fedserver.store.spool import Spool
 
+READ_SECONDS = 60.0
+"""So long after it was read last, a version is not retired: an export fetches it piece by piece."""
 _FOLDS = 2
 
 
@@ -50,6 +54,12 @@ def version_owner(run_id: int, number: int) -> str:
     return f"version:{run_id}:{number}"
 
 
+def versions_among(owners: Iterable[str]) -> set[tuple[int, int]]:
+    """Run id and number of those owners in `blob_refs` that are versions."""
+    parts = (owner.split(":") for owner in owners)
+    return {(int(p[1]), int(p[2])) for p in parts if p[0] == "version"}
+
+
 def is_whole(spool: Spool, upload_id: bytes) -> bool:
     """Whether all bytes of an upload are here; a slot that a power loss took is not. Blocking."""
     try:
@@ -61,8 +71,9 @@ def is_whole(spool: Spool, upload_id: bytes) -> bool:
 class Versions:
     """Builds, keeps and retires the versions of every run, and takes in models."""
 
-    def __init__(self, database: Database, store: BlobStore, spool: Spool, scratch: Path) -> None:
+    def __init__(self, database: Database, store: BlobStore, spool: Spool, scratch: Path, disk: Disk) -> None:
         self._db = database
+        self._disk = disk
         self._store = store
         self._spool = spool
         self._scratch = scratch
@@ -72,6 +83,7 @@ class Versions:
         self.blobs_lock = asyncio.Lock()
         # Folding takes a thread for minutes; the others are for what sites wait for.
         self._folds = asyncio.Semaphore(_FOLDS)
+        self._read: dict[tuple[int, int], float] = {}
         self._log = logs.get("versions")
 
     def read_manifest(self, digest: bytes) -> Manifest:
@@ -81,7 +93,9 @@ class Versions:
     def files_of(self, digest: bytes) -> ModelFiles:
         """A stored model's files. Blocking."""
         manifest = self.read_manifest(digest)
-        return ModelFiles(manifest, [self._store.local_path(f.blob.digest) for f in manifest.files])
+        digests = [f.blob.digest for f in manifest.files]
+        paths, lists = map(self._store.local_path, digests), map(self._store.list_path, digests)
+        return ModelFiles(manifest, list(paths), list(lists))
 
     # --- A new version
 
@@ -94,17 +108,23 @@ class Versions:
         On leaving, what was stored and not committed is deleted.
 
         Raises:
-            FedlinkError: NO_EXAMPLES, NOT_FINITE, or an update's bytes are gone.
+            FedlinkError: NO_EXAMPLES, NOT_FINITE, DISK_FULL, DISK_UNWRITABLE; BLOB_CORRUPT or BLOB_MISSING, with
+                metadata "client" if it is that site's update whose bytes have changed or are gone.
         """
         uploads = await self._db.run(lambda c: task_queries.task_uploads(c, [t.id for t in tasks]))
-        out_dir = self._scratch / scratch_name
+        # Never that of an attempt before, which a disk that could not be written may have kept.
+        out_dir = self._scratch / f"{scratch_name}-{secrets.token_hex(4)}"
 
         def fold() -> NewVersion:
-            shutil.rmtree(out_dir, ignore_errors=True)
-            out_dir.mkdir(parents=True)
-            contributions = [self._contribution(t, [u for u in uploads if u.task_id == t.id]) for t in tasks]
-            master = self.files_of(base.master_digest) if base.master_digest else None
-            return aggregate(self.files_of(base.digest), master, contributions, pipeline_for(run.parsed), out_dir)
+            with self._disk.used_for("the next version"):
+                out_dir.mkdir(parents=True)
+                contributions = [self._contribution(t, [u for u in uploads if u.task_id == t.id]) for t in tasks]
+                master = self.files_of(base.master_digest) if base.master_digest else None
+                return aggregate(self.files_of(base.digest), master, contributions, pipeline_for(run.parsed), out_dir)
+
+        def store(new: NewVersion) -> StoredVersion:
+            with self._disk.used_for("the next version"):
+                return self._store_version(new, out_dir)
 
         try:
             async with self._folds:
@@ -112,7 +132,7 @@ class Versions:
             async with self.blobs_lock:
                 digests = {f.entry.blob.digest for f in new.files}
                 try:
-                    stored = await asyncio.to_thread(self._store_version, new, out_dir)
+                    stored = await asyncio.to_thread(store, new)
                     digests |= stored.digests
                     yield stored
                 finally:
@@ -122,8 +142,12 @@ class Versions:
 
     def _contribution(self, task: TaskRow, uploads: Sequence[UploadRow]) -> Contribution:
         assert task.update_digest is not None
-        manifest, files = self.uploaded_manifest(task.update_digest, uploads, f"the update of client {task.client!r}")
-        return Contribution(task.client, task.num_examples, manifest, files)
+        try:
+            found = self.uploaded(task.update_digest, uploads, f"the update of client {task.client!r}")
+        except FedlinkError as e:
+            e.metadata |= {"client": task.client}
+            raise
+        return Contribution(task.client, task.num_examples, found.manifest, found.files, found.lists)
 
     def _store_version(self, new: NewVersion, out_dir: Path) -> StoredVersion:
         for file in new.files:
@@ -149,33 +173,49 @@ class Versions:
 
     # --- What was uploaded
 
-    def uploaded_manifest(self, digest: bytes, uploads: Sequence[UploadRow], what: str) -> tuple[Manifest, list[Path]]:
-        """A manifest among uploads, and the local paths of its files. Blocking.
+    async def reverify(self, task: TaskRow) -> None:
+        """Hash the uploads of a task again, so that its site sends what is not right any more."""
+        uploads = await self._db.run(lambda c: task_queries.task_uploads(c, [task.id]))
+
+        def work() -> None:
+            for upload in uploads:
+                # Gone, or damaged beyond use: it is begun anew.
+                with contextlib.suppress(FedlinkError):
+                    self._spool.reverify(upload.id)
+
+        await asyncio.to_thread(work)
+
+    def uploaded(self, digest: bytes, uploads: Sequence[UploadRow], what: str) -> ModelFiles:
+        """A manifest among uploads, and its files. Blocking.
 
         Raises:
-            FedlinkError: BLOB_MISSING with metadata "digest"; BAD_MANIFEST.
+            FedlinkError: BLOB_MISSING with metadata "digest"; BAD_MANIFEST; BLOB_CORRUPT.
         """
         here = {u.digest: u for u in uploads if is_whole(self._spool, u.id)}
 
-        def path_of(wanted: bytes, name: str) -> Path:
+        def id_of(wanted: bytes, name: str) -> bytes:
             if wanted not in here:
                 raise FedlinkError(
                     Reason.BLOB_MISSING,
                     f"{name} of {what} was not uploaded completely; send it, then repeat the call",
                     metadata={"digest": wanted.hex()},
                 )
-            return self._spool.path(here[wanted].id)
+            return here[wanted].id
 
-        path = path_of(digest, "the manifest")
+        path = self._spool.path(id_of(digest, "the manifest"))
         if path.stat().st_size > MAX_MANIFEST_SIZE:
             raise FedlinkError(Reason.BAD_MANIFEST, f"the manifest of {what} is larger than {MAX_MANIFEST_SIZE} bytes")
-        manifest = Manifest.parse(path.read_bytes())
+        data = path.read_bytes()
+        if blob_digest(data) != digest:
+            raise FedlinkError(Reason.BLOB_CORRUPT, f"the manifest of {what} is damaged on the server's disk")
+        manifest = Manifest.parse(data)
         for f in manifest.files:
             if f.blob.digest in here and here[f.blob.digest].size != f.blob.size:
                 raise FedlinkError(
                     Reason.BAD_MANIFEST, f"file {f.name} of {what} has another size than its manifest says"
                 )
-        return manifest, [path_of(f.blob.digest, f"file {f.name}") for f in manifest.files]
+        ids = [id_of(f.blob.digest, f"file {f.name}") for f in manifest.files]
+        return ModelFiles(manifest, [self._spool.path(i) for i in ids], [self._spool.list_path(i) for i in ids])
 
     @whole
     async def take_in(self, import_id: bytes, name: str, ref: BlobRef) -> ModelRow:
@@ -217,10 +257,11 @@ class Versions:
         return row
 
     def _adopt_import(self, ref: BlobRef, uploads: Sequence[UploadRow]) -> Manifest:
-        manifest, paths = self.uploaded_manifest(ref.digest, uploads, "the import")
+        found = self.uploaded(ref.digest, uploads, "the import")
+        manifest = found.manifest
         if manifest.kind is not Kind.MODEL:
             raise FedlinkError(Reason.BAD_MANIFEST, f"the manifest describes a {manifest.kind}, not a model")
-        for index, path in enumerate(paths):
+        for index, path in enumerate(found.files):
             try:
                 manifest.check_header(index, read_header(path))
             except TensorError as e:
@@ -234,8 +275,21 @@ class Versions:
 
     # --- What goes
 
-    async def retire(self, run_id: int) -> None:
-        """Delete what the run's retention does not keep, unless it is pinned, in use or may yet be the best."""
+    def note_read(self, versions: Iterable[tuple[int, int]]) -> None:
+        """An operator reads these now, piece by piece: they stay for a while."""
+        now = time.monotonic()
+        self._read |= dict.fromkeys(versions, now)
+        self._read = {key: at for key, at in self._read.items() if now - at < READ_SECONDS}
+
+    async def retire(self, run_id: int) -> bool:
+        """Delete what the run's retention does not keep, unless it is pinned, in use or may yet be the best.
+
+        Returns:
+            Whether something stays only because it was read a moment ago.
+        """
+        now = time.monotonic()
+        read = {number for (of, number), at in self._read.items() if of == run_id and now - at < READ_SECONDS}
+        spared: set[int] = set()
 
         def work(c: Connection) -> set[bytes]:
             run = run_queries.run_by_id(c, run_id)
@@ -246,7 +300,9 @@ class Versions:
                 wanted |= set(task_queries.versions_in_evaluation(c, run_id))
             dropped: set[bytes] = set()
             for v in kept:
-                if v.number not in wanted:
+                if v.number in read - wanted:
+                    spared.add(v.number)
+                elif v.number not in wanted:
                     run_queries.save_version(c, run_id, v.number, kept=False)
                     dropped |= model_queries.drop_refs(c, version_owner(run_id, v.number))
             return dropped
@@ -255,6 +311,7 @@ class Versions:
             dropped = await self._db.run(work)
             reach("versions.retired")
             await self._collect(dropped)
+        return bool(spared)
 
     async def pin(self, name: str) -> VersionRow:
         """Keep a version, "RUN@VERSION", whatever the run's retention says.

@@ -19,6 +19,7 @@ from fedserver.runtime import outlook, records
 from fedserver.runtime.board import TaskBoard
 from fedserver.runtime.engine import Engine
 from fedserver.runtime.events import EventFeed
+from fedserver.runtime.integrity import Integrity
 from fedserver.runtime.sites import SiteRegistry
 from fedserver.runtime.versions import Versions
 from fedserver.services import views
@@ -49,6 +50,7 @@ class AdminServicer(pb_grpc.AdminServiceServicer):
         board: TaskBoard,
         versions: Versions,
         feed: EventFeed,
+        integrity: Integrity,
     ) -> None:
         self._db = database
         self._engine = engine
@@ -56,6 +58,7 @@ class AdminServicer(pb_grpc.AdminServiceServicer):
         self._board = board
         self._versions = versions
         self._feed = feed
+        self._integrity = integrity
 
     # --- Runs
 
@@ -222,6 +225,7 @@ class AdminServicer(pb_grpc.AdminServiceServicer):
         await operator(context)
         name, _, row = await self._versions.find(request.name)
         if isinstance(row, VersionRow):
+            self._versions.note_read([(row.run_id, row.number)])
             return pb.GetModelResponse(model=await self._version(row))
         return pb.GetModelResponse(model=views.model_message(name, row))
 
@@ -252,6 +256,17 @@ class AdminServicer(pb_grpc.AdminServiceServicer):
         return pb.DrainServerResponse(
             waiting=str(left), uploads=left.uploads, aggregations=left.aggregations, draining=True
         )
+
+    @translated
+    async def VerifyModels(
+        self, request: pb.VerifyModelsRequest, context: Context
+    ) -> AsyncIterator[pb.VerifyModelsResponse]:
+        """See the .proto."""
+        await operator(context)
+        # Told at once that the call is accepted: the first file may take minutes.
+        await context.send_initial_metadata(())
+        async for found in self._integrity.verify(request.name):
+            yield views.finding_message(found)
 
     # --- Parts
 

@@ -31,7 +31,7 @@ from fedlink.v1 import blob_service_pb2 as pb
 from fedserver.runtime.access import BlobAccess, Caller
 from fedserver.services.admission import Admission, BulkLimits
 from fedserver.services.status import Context, translated
-from fedserver.store.blobs import BlobReader, BlobStore
+from fedserver.store.blobs import BlobReader, BlobStore, checked
 from fedserver.store.spool import UPLOAD_ID_SIZE, Spool, offset_mismatch
 
 T = TypeVar("T")
@@ -98,12 +98,20 @@ class BlobServicer:
         with self.admission.place(caller):
             if len(request.digest) != DIGEST_SIZE:
                 raise FedlinkError(Reason.BLOB_NOT_FOUND, f"A digest has {DIGEST_SIZE} bytes.")
-            ref = await self._access.readable(caller, request.task_token, request.digest)
-            stop = _end_of_range(request, ref)
-            with await self._open(ref.digest) as reader:
-                digests = reader.chunk_digests if request.include_chunk_digests else b""
-                await self._send(context, pb.ReadBlobResponse(size=ref.size, chunk_digests=digests))
-                await self._send_range(context, reader, request, stop)
+            try:
+                await self._read(caller, request, context)
+            except FedlinkError as e:
+                if e.reason is Reason.BLOB_CORRUPT:
+                    raise await self._access.damaged(caller, request.digest, e) from None
+                raise
+
+    async def _read(self, caller: Caller, request: pb.ReadBlobRequest, context: Context) -> None:
+        ref = await self._access.readable(caller, request.task_token, request.digest)
+        stop = _end_of_range(request, ref)
+        with await self._open(ref.digest) as reader:
+            digests = reader.chunk_digests if request.include_chunk_digests else b""
+            await self._send(context, pb.ReadBlobResponse(size=ref.size, chunk_digests=digests))
+            await self._send_range(context, reader, request, stop)
 
     @translated
     async def find_missing_blobs(
@@ -167,7 +175,8 @@ class BlobServicer:
 
     async def _send_range(self, context: Context, reader: BlobReader, request: pb.ReadBlobRequest, stop: int) -> None:
         sent = request.offset
-        batches = read_ahead(reader.read_into, request.offset, stop, self._executor)
+        read_into = checked(reader, request.digest) if request.verify else reader.read_into
+        batches = read_ahead(read_into, request.offset, stop, self._executor)
         try:
             async with contextlib.aclosing(batches):
                 async for batch in batches:

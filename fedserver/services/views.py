@@ -10,6 +10,7 @@ from fedlink.v1 import admin_service_pb2 as pb
 from fedlink.v1 import types_pb2
 from fedserver.rounds.explain import Doing, Wait
 from fedserver.runtime.board import OpenTask
+from fedserver.runtime.integrity import Finding
 from fedserver.runtime.sites import Site
 from fedserver.store.rows import ModelRow, RoundRow, RunRow, TaskRow, VersionRow
 
@@ -134,6 +135,12 @@ def model_message(name: str, row: ModelRow | VersionRow, *, best: bool = False) 
         pinned=isinstance(row, VersionRow) and row.pinned,
         created=timestamp(row.created),
     )
+
+
+def finding_message(found: Finding) -> pb.VerifyModelsResponse:
+    """A file that was looked at."""
+    blob = types_pb2.BlobRef(digest=found.ref.digest, size=found.ref.size)
+    return pb.VerifyModelsResponse(model=found.model, file=found.file, blob=blob, damage=found.damage)
 
 
 def event_message(sequence: int, time: float, kind: str, data: str) -> pb.WatchRunResponse:

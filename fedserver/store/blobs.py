@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -22,8 +22,8 @@ from typing import Protocol, Self
 from fedlink.blobs import CHUNK_SIZE, DIGEST_SIZE, BlobRef, chunk_spans, first_bad_chunk, is_list_of
 from fedlink.errors import FedlinkError, Reason
 from fedlink.failpoints import reach
-from fedlink.files import read_at, sync
-from fedserver.store.disk import full_disk_named
+from fedlink.files import make_directory, read_at, sync
+from fedserver.store.disk import disk_errors_named
 
 _LIST_SUFFIX = ".chunks"
 _TEMPORARY = ".tmp-"
@@ -84,13 +84,21 @@ class BlobStore(Protocol):
         """
         ...
 
+    def list_path(self, digest: bytes) -> Path:
+        """A local file with the blob's chunk list, to be read only.
+
+        Raises:
+            FedlinkError: BLOB_NOT_FOUND.
+        """
+        ...
+
     def adopt(self, path: Path, ref: BlobRef, chunk_digests: bytes) -> None:
         """Take over a finished local file; on return it survives a power loss, and `path` is gone.
 
         The caller vouches that the bytes match the list. If the blob is here already, `path` is only removed.
 
         Raises:
-            FedlinkError: DIGEST_MISMATCH, if list or size do not give the digest; DISK_FULL.
+            FedlinkError: DIGEST_MISMATCH, if list or size do not give the digest; DISK_FULL, DISK_UNWRITABLE.
         """
         ...
 
@@ -130,12 +138,27 @@ def read_blob(store: BlobStore, digest: bytes, limit: int) -> bytes:
     return bytes(data)
 
 
+def checked(reader: BlobReader, digest: bytes) -> Callable[[memoryview, int], None]:
+    """A `read_into` for whole chunks that compares them with the list.
+
+    It raises BLOB_CORRUPT, naming the first chunk that has changed.
+    """
+
+    def read_into(view: memoryview, offset: int) -> None:
+        reader.read_into(view, offset)
+        bad = first_bad_chunk(view, offset, reader.chunk_digests)
+        if bad is not None:
+            raise _corrupt(digest, f"the chunk at byte {bad} has changed")
+
+    return read_into
+
+
 class DirectoryBlobStore:
     """Blobs in a directory of the local disk. Leftovers of an interrupted `adopt` or `delete` go at construction."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        root.mkdir(parents=True, exist_ok=True)
+        make_directory(root)
         self._sweep()
 
     def contains(self, digest: bytes) -> bool:
@@ -161,6 +184,10 @@ class DirectoryBlobStore:
             raise _not_found(digest)
         return path
 
+    def list_path(self, digest: bytes) -> Path:
+        """The file with the blob's list; see `BlobStore.list_path`."""
+        return _list_of(self.local_path(digest))
+
     def adopt(self, path: Path, ref: BlobRef, chunk_digests: bytes) -> None:
         """Take over a file; see `BlobStore.adopt`. A file on another file system is copied."""
         size = path.stat().st_size
@@ -171,7 +198,7 @@ class DirectoryBlobStore:
             )
         target = self._path(ref.digest)
         if not target.is_file():
-            with full_disk_named(f"blob {ref}"):
+            with disk_errors_named(f"blob {ref}"):
                 self._place(path, target, chunk_digests)
         path.unlink(missing_ok=True)
 
@@ -193,10 +220,9 @@ class DirectoryBlobStore:
         """Hash a blob again; see `BlobStore.verify`."""
         buffer = memoryview(bytearray(CHUNK_SIZE))
         with self.open(digest) as reader:
+            read_into = checked(reader, digest)
             for offset, length in chunk_spans(0, reader.size):
-                reader.read_into(buffer[:length], offset)
-                if first_bad_chunk(buffer[:length], offset, reader.chunk_digests) is not None:
-                    raise _corrupt(digest, f"the chunk at {offset} has changed")
+                read_into(buffer[:length], offset)
 
     def _path(self, digest: bytes) -> Path:
         if len(digest) != DIGEST_SIZE:
@@ -206,9 +232,7 @@ class DirectoryBlobStore:
 
     def _place(self, path: Path, target: Path, chunk_digests: bytes) -> None:
         directory = target.parent
-        if not directory.is_dir():
-            directory.mkdir(exist_ok=True)
-            sync(self._root)
+        make_directory(directory)
         temporary = directory / f"{_TEMPORARY}{secrets.token_hex(8)}"
         try:
             temporary.write_bytes(chunk_digests)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import sqlite3
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from fedlink.errors import FedlinkError, Reason
+from fedserver.store.disk import Disk, disk_full, disk_unwritable, refuse_network_disk
 
 T = TypeVar("T")
 
@@ -21,6 +24,7 @@ SCHEMA_REVISION = "0002"
 """The newest revision in migrations/versions."""
 _BATCH = 64
 """Transactions that may share one commit."""
+_USE = "the database"
 
 _Job = tuple[Callable[[Connection], Any], "Future[Any]"]
 
@@ -30,10 +34,15 @@ class Database:
 
     Every call runs as a transaction of its own (a savepoint); calls that wait together
     share one commit, and each returns after its commit is durable.
+
+    Args:
+        url: SQLAlchemy's.
+        disk: told of what SQLite's disk refuses.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, disk: Disk | None = None) -> None:
         self._url = url
+        self._disk = disk
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._engine = _engine(url)
         self._thread = threading.Thread(target=self._work, name="database", daemon=True)
@@ -43,12 +52,16 @@ class Database:
         """Bring the tables up to date and start; call once.
 
         Raises:
-            FedlinkError: BAD_CONFIG if the database cannot be opened or is of a newer release.
+            FedlinkError: BAD_CONFIG if the database cannot be opened, is of a newer release, or is SQLite on a network
+                file system.
         """
+        address = make_url(self._url)
+        if address.get_backend_name() == "sqlite" and address.database:
+            refuse_network_disk(Path(address.database))
         try:
             self._migrate()
         except SQLAlchemyError as e:
-            name = make_url(self._url).render_as_string(hide_password=True)
+            name = address.render_as_string(hide_password=True)
             raise FedlinkError(Reason.BAD_CONFIG, f"database {name} cannot be opened: {e.__cause__ or e}") from None
         self._thread.start()
 
@@ -58,7 +71,7 @@ class Database:
         A caller that is cancelled before its turn takes its work along; after that it is carried out.
 
         Raises:
-            FedlinkError: DRAINING if the database is closed.
+            FedlinkError: DRAINING if the database is closed; DISK_FULL, DISK_UNWRITABLE.
         """
         if self._closed:
             raise FedlinkError(Reason.DRAINING, "the server is stopping; try again when it is back")
@@ -104,17 +117,29 @@ class Database:
                         stop = True
                         break
                     batch.append(more)
-                _run_batch(connection, batch)
+                self._note(_run_batch(connection, batch))
                 if stop:
                     return
 
+    def _note(self, trouble: FedlinkError | None) -> None:
+        if self._disk is None:
+            return
+        if trouble is not None:
+            self._disk.failed(_USE, trouble)
+        else:
+            self._disk.worked(_USE)
 
-def _run_batch(connection: Connection, batch: list[_Job]) -> None:
+
+def _run_batch(connection: Connection, batch: list[_Job]) -> FedlinkError | None:
+    """Carry out what waits; what the disk refused, if it did."""
+    trouble = None
     # From here on a caller that is cancelled no longer cancels the work.
     batch = [(work, future) for work, future in batch if future.set_running_or_notify_cancel()]
     outcomes: list[tuple[Future[Any], Any, BaseException | None]] = []
+    read = 0
     try:
         with connection.begin():
+            before = _changes(connection)
             for work, future in batch:
                 try:
                     with connection.begin_nested():
@@ -124,13 +149,41 @@ def _run_batch(connection: Connection, batch: list[_Job]) -> None:
                         # SQLite gave the whole transaction up (disk full, I/O error), the work before this one too.
                         raise
                     outcomes.append((future, None, e))
+                if _changes(connection) == before:
+                    read = len(outcomes)
     except Exception as e:  # noqa: BLE001 - the commit failed for all of them; the thread must live
-        outcomes = [(future, None, e) for _, future in batch]
+        # All but those that came before the first change, and so have read what is true.
+        outcomes = outcomes[:read] + [(future, None, e) for _, future in batch[read:]]
     for future, value, error in outcomes:
         if error is not None:
-            future.set_exception(error)
+            named = _named(error)
+            trouble = trouble or (named if isinstance(named, FedlinkError) and named is not error else None)
+            future.set_exception(named)
         else:
             future.set_result(value)
+    return trouble
+
+
+def _changes(connection: Connection) -> object:
+    """Rows that SQLite has changed so far; for other databases nothing that equals anything."""
+    driver: Any = connection.connection.dbapi_connection
+    return driver.total_changes if connection.dialect.name == "sqlite" else object()
+
+
+def _named(error: BaseException) -> BaseException:
+    """What SQLite says of its disk, as our error; anything else as it is."""
+    cause = error.orig if isinstance(error, DBAPIError) else None
+    if not isinstance(cause, sqlite3.Error):
+        return error
+    code = getattr(cause, "sqlite_errorcode", 0) & 0xFF
+    if code == sqlite3.SQLITE_FULL:
+        named = disk_full(_USE)
+    elif code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
+        named = disk_unwritable(_USE, str(cause))
+    else:
+        return error
+    named.__cause__ = error
+    return named
 
 
 def _transaction_lost(connection: Connection) -> bool:

@@ -38,7 +38,7 @@ from fedlink.blobs import (
 from fedlink.errors import FedlinkError, Reason
 from fedlink.failpoints import reach
 from fedlink.files import read_at, write_at
-from fedserver.store.disk import disk_full, full_disk_named
+from fedserver.store.disk import Disk
 
 UPLOAD_ID_SIZE = 16
 """Bytes in an upload's id."""
@@ -76,14 +76,14 @@ class Spool:
 
     Args:
         root: the directory.
-        reserve: bytes of the disk that stay free: no slot is created beyond that.
+        disk: what it lies on; no slot is created that would not leave it its reserve.
         recycle: bytes of deleted slots kept to be written again, which costs half of writing new files; their old
             content is not readable through the spool.
     """
 
-    def __init__(self, root: Path, *, reserve: int = 256 << 20, recycle: int = 0) -> None:
+    def __init__(self, root: Path, *, disk: Disk | None = None, recycle: int = 0) -> None:
         self._root = root
-        self._reserve = reserve
+        self._disk = disk or Disk(root)
         self._recycle = recycle
         self._locks = tuple(threading.Lock() for _ in range(_LOCKS))
         self._free = root / _FREE
@@ -92,19 +92,25 @@ class Spool:
             if path.name.startswith((_NEW, _OLD)):
                 shutil.rmtree(path)
 
-    def create(self, upload_id: bytes, ref: BlobRef, chunk_digests: bytes) -> None:
+    def create(self, upload_id: bytes, ref: BlobRef, chunk_digests: bytes, *, leave: int = 0) -> None:
         """Open a slot with room for a blob; nothing happens if it is there already.
 
+        Args:
+            upload_id: names the slot.
+            ref: the blob.
+            chunk_digests: its list.
+            leave: bytes that must stay free on the disk besides its reserve.
+
         Raises:
-            FedlinkError: DISK_FULL; DIGEST_MISMATCH, if the list does not give the digest, or the id stands for
-                another blob.
+            FedlinkError: DISK_FULL, DISK_UNWRITABLE; DIGEST_MISMATCH, if the list does not give the digest, or the
+                id stands for another blob.
         """
         with self._lock(upload_id):
             if not self._exists(upload_id, ref):
                 with self._new_slot(upload_id, ref, chunk_digests, committed=0) as directory:
-                    self._allocate(directory / "data", ref)
+                    self._allocate(directory / "data", ref, leave)
 
-    def link(self, upload_id: bytes, source: Path, ref: BlobRef, chunk_digests: bytes) -> None:
+    def link(self, upload_id: bytes, source: Path, ref: BlobRef, chunk_digests: bytes, *, leave: int = 0) -> None:
         """Open a slot that is complete from the start, with the bytes of a file here (linked, or else copied).
 
         Raises:
@@ -118,7 +124,7 @@ class Spool:
                     (directory / "data").hardlink_to(source)
                 except OSError:
                     # Another file system, or one without links.
-                    self._check_room(ref)
+                    self._disk.check_room(ref.size, f"blob {ref}", leave=leave)
                     shutil.copyfile(source, directory / "data")
 
     def append(self, upload_id: bytes, offset: int, chunks: Sequence[Buffer]) -> int:
@@ -127,8 +133,9 @@ class Spool:
         On any error the good chunks before the bad one are kept.
 
         Raises:
-            FedlinkError: UPLOAD_NOT_FOUND, DISK_FULL; with the mark in metadata "committed_size" OFFSET_MISMATCH
-                (`offset` is not the mark), CHUNK_SIZE (not one whole chunk), CHUNK_CORRUPT (not what the list says).
+            FedlinkError: UPLOAD_NOT_FOUND, DISK_FULL, DISK_UNWRITABLE; with the mark in metadata "committed_size"
+                OFFSET_MISMATCH (`offset` is not the mark), CHUNK_SIZE (not one whole chunk), CHUNK_CORRUPT (not what
+                the list says).
         """
         with self._lock(upload_id):
             slot = self._slot(upload_id)
@@ -140,17 +147,18 @@ class Spool:
             with _opened(slot.chunks, os.O_RDONLY) as fd:
                 known = digests[: max(0, os.fstat(fd).st_size - first * DIGEST_SIZE)]
                 read_at(fd, known, first * DIGEST_SIZE)
-            try:
-                with _opened(slot.data, os.O_WRONLY) as fd, full_disk_named(f"blob {slot.ref}"):
-                    for chunk, digest in zip(chunks, _entries(digests), strict=True):
-                        _check_chunk(slot.ref, end, chunk, digest)
-                        write_at(fd, chunk, end)
-                        end += len(chunk)
-            finally:
-                if end > offset:
-                    reach("upload.written")
-                    slot.mark(end)
-                    reach("upload.marked")
+            with self._disk.used_for("uploads"):
+                try:
+                    with _opened(slot.data, os.O_WRONLY) as fd:
+                        for chunk, digest in zip(chunks, _entries(digests), strict=True):
+                            _check_chunk(slot.ref, end, chunk, digest)
+                            write_at(fd, chunk, end)
+                            end += len(chunk)
+                finally:
+                    if end > offset:
+                        reach("upload.written")
+                        slot.mark(end)
+                        reach("upload.marked")
             return end
 
     def committed(self, upload_id: bytes) -> int:
@@ -194,6 +202,14 @@ class Spool:
             FedlinkError: UPLOAD_NOT_FOUND, for what is not an id.
         """
         return self._directory(upload_id) / "data"
+
+    def list_path(self, upload_id: bytes) -> Path:
+        """Where the slot's chunk list lies, if there is one.
+
+        Raises:
+            FedlinkError: UPLOAD_NOT_FOUND, for what is not an id.
+        """
+        return self._directory(upload_id) / "chunks"
 
     def ids(self) -> Iterator[bytes]:
         """The ids of all slots, in no order."""
@@ -270,30 +286,26 @@ class Spool:
             raise FedlinkError(Reason.DIGEST_MISMATCH, f"The chunk list does not give blob {ref}; hash the file again.")
         final = self._directory(upload_id)
         directory = self._root / f"{_NEW}{secrets.token_hex(8)}"
-        directory.mkdir()
         try:
-            with full_disk_named(f"blob {ref}"):
+            with self._disk.used_for("uploads"):
+                directory.mkdir()
                 (directory / "state").write_bytes(_STATE.pack(_MAGIC, ref.digest, ref.size, committed))
                 (directory / "chunks").write_bytes(chunk_digests)
                 yield directory
                 self._remove(final)
                 directory.rename(final)
         except BaseException:
-            shutil.rmtree(directory)
+            shutil.rmtree(directory, ignore_errors=True)
             raise
 
-    def _check_room(self, ref: BlobRef) -> None:
-        if shutil.disk_usage(self._root).free < ref.size + self._reserve:
-            raise disk_full(f"blob {ref}")
-
-    def _allocate(self, data: Path, ref: BlobRef) -> None:
+    def _allocate(self, data: Path, ref: BlobRef, leave: int) -> None:
         recycled = self._recycled(ref.size)
         if recycled:
             with contextlib.suppress(FileNotFoundError):
                 recycled.rename(data)
         have = data.stat().st_size if data.exists() else 0
         if have < ref.size:
-            self._check_room(BlobRef(ref.digest, ref.size - have))
+            self._disk.check_room(ref.size - have, f"blob {ref}", leave=leave)
         with _opened(data, os.O_RDWR | os.O_CREAT) as fd:
             os.truncate(fd, ref.size)
             if have < ref.size and hasattr(os, "posix_fallocate"):

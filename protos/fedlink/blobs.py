@@ -139,3 +139,49 @@ class ChunkHasher:
     def _close_chunk(self) -> None:
         self._digests += self._open.digest()
         self._open = blake3.blake3()
+
+
+class ChunkChecker:
+    """Compares a blob that is read piece by piece with its list: in order, beginning where a chunk does.
+
+    Attributes:
+        position: where the next piece begins.
+
+    Args:
+        chunk_digests: the list of the whole blob, which `is_list_of` has approved.
+        size: bytes in the blob.
+        position: a multiple of CHUNK_SIZE.
+    """
+
+    def __init__(self, chunk_digests: bytes, size: int, position: int = 0) -> None:
+        self.position = position
+        self._digests = chunk_digests
+        self._size = size
+        self._open = blake3.blake3()
+
+    @property
+    def complete(self) -> int:
+        """Chunks of the blob that lie before `position` whole."""
+        whole = self.position if self.position < self._size else self.position + CHUNK_SIZE - 1
+        return whole // CHUNK_SIZE
+
+    @property
+    def missing(self) -> int:
+        """Bytes of the open chunk that are still to come before anything can be said of it; 0 if none is open."""
+        begun = self.position % CHUNK_SIZE
+        return min(CHUNK_SIZE - begun, self._size - self.position) if begun else 0
+
+    def update(self, data: Buffer) -> int | None:
+        """Take the bytes from `position` on; offset of the first chunk that ends here and is not as the list says."""
+        view = memoryview(data).cast("B")
+        while len(view):
+            part = view[: CHUNK_SIZE - self.position % CHUNK_SIZE]
+            self._open.update(part)
+            self.position += len(part)
+            view = view[len(part) :]
+            if self.position % CHUNK_SIZE == 0 or self.position == self._size:
+                entry = (self.position - 1) // CHUNK_SIZE
+                digest, self._open = self._open.digest(), blake3.blake3()
+                if digest != self._digests[entry * DIGEST_SIZE : (entry + 1) * DIGEST_SIZE]:
+                    return entry * CHUNK_SIZE
+        return None

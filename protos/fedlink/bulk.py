@@ -319,6 +319,7 @@ class _Fetching:
             offset=action.start,
             limit=action.stop - action.start,
             include_chunk_digests=action.with_list,
+            verify=action.verify,
         )
         method = self.channel.unary_stream(
             _SERVICE + "ReadBlob",

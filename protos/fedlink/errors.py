@@ -79,6 +79,7 @@ class Reason(enum.Enum):
     # The server's condition
     BUSY = ("RESOURCE_EXHAUSTED", True, EXIT_FAILED)
     DISK_FULL = ("RESOURCE_EXHAUSTED", True, EXIT_FAILED)
+    DISK_UNWRITABLE = ("UNAVAILABLE", True, EXIT_FAILED)
     DRAINING = ("UNAVAILABLE", True, EXIT_UNREACHABLE)
     INTERNAL = ("INTERNAL", True, EXIT_FAILED)
     # Made on this side of the wire

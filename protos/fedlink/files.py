@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -42,3 +43,20 @@ def sync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def make_directory(path: Path, mode: int = 0o777) -> None:
+    """Make a directory, with its parents, if it is not there; it survives a power loss once this returns.
+
+    Raises:
+        OSError: as the system says.
+    """
+    made = [path]
+    while not made[-1].parent.is_dir():
+        made.append(made[-1].parent)
+    path.mkdir(mode, parents=True, exist_ok=True)
+    # Also of one that is there: who made it may have been killed before this.
+    for directory in reversed(made):
+        # Whoever may not read the parent cannot have made anything in it.
+        with contextlib.suppress(PermissionError):
+            sync(directory.parent)

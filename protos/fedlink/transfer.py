@@ -100,6 +100,8 @@ class Fetch:
     start: int
     stop: int
     with_list: bool
+    verify: bool = False
+    """Have the server look whether the damage that came is its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +287,7 @@ def _fetch(state: Download) -> Fetch | Done:
     if state.has_list and state.verified == state.ref.size:
         return Done()
     stop = min(state.ref.size, state.verified + MAX_STREAM_BYTES)
-    return Fetch(state.verified, stop, with_list=not state.has_list)
+    return Fetch(state.verified, stop, with_list=not state.has_list, verify=state.failures.corrupt > 0)
 
 
 def _not_fetched(state: Download, error: FedlinkError, rng: random.Random) -> tuple[Download, Action]:

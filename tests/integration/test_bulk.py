@@ -409,7 +409,34 @@ async def test_blob_that_rots_on_the_server_is_not_taken(
             channel, ref, target, task_token=b"task-a", metadata=as_client("a"), retry=Retry(**QUICK)
         )
     assert e.value.reason is Reason.BLOB_CORRUPT
+    assert "on the server's disk" in e.value.message
+    assert f"byte {5 * MIB}" in e.value.message
+    assert server.access.found_damaged == [ref.digest]
     assert not target.exists()
+    # The good chunks came once, before the server looked; what it found damaged never left it.
+    assert server.access.read < 2 * ref.size
+
+
+async def test_bytes_damaged_on_the_line_come_again(
+    server: BlobServer, channel: grpc.aio.Channel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = some_bytes(6 * MIB)
+    ref = server.access.publish(data, tmp_path)
+    real, damaged = bulk._Fetching._checked, []
+
+    def checked(self: Any, message: Any, position: int, stop: int) -> Any:
+        payload = real(self, message, position, stop)
+        if position == 3 * MIB and not damaged:
+            damaged.append(position)
+            return bytes(len(payload))
+        return payload
+
+    monkeypatch.setattr(bulk._Fetching, "_checked", checked)
+    target = tmp_path / "target"
+    await bulk.download_blob(channel, ref, target, task_token=b"task-a", metadata=as_client("a"), retry=Retry(**QUICK))
+    assert target.read_bytes() == data
+    assert damaged
+    assert not server.access.found_damaged
 
 
 async def test_unreachable_server(tmp_path: Path) -> None:

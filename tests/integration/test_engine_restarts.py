@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from fedlink.blobs import Buffer
+from fedlink.errors import FedlinkError, Reason
 from fedserver.rounds.model import Phase
 from fedserver.store.queries import models as model_queries
+from fedserver.store.queries import tasks as task_queries
 from tests.support.server import ONE, QUIET, TWO, evaluate, server, spooled, stored_is_needed, weights
 
 
@@ -91,6 +95,81 @@ async def test_an_update_lost_with_the_power_is_asked_for_until_it_is_there(data
         await fed.train("a", "b")
         assert (await fed.ended(run)).version == 1
         assert [t.reason for t in await fed.tasks(run)] == ["", ""]
+
+
+def flip(path: Path, at: int = -1) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("what", ["data", "chunks", "manifest", "slots"])
+async def test_an_update_that_rots_before_it_is_added_up_is_sent_again(data: Path, what: str):
+    async with server(data, lease_term=30.0) as fed:
+        await fed.import_model()
+        await fed.join("a", "b")
+        run = await fed.create(cohort={"min_clients": 2, "deadline": 600}, **QUIET)
+        await fed.train("a")
+        (task,) = fed.polls["a"]
+        uploads = await fed.database.run(task_queries.all_uploads)
+        (row,) = [t for t in await fed.tasks(run) if t.client == "a"]
+        paths = {u.digest == row.update_digest: fed.spool.path(u.id) for u in uploads}
+        if what == "slots":
+            for u in uploads:
+                fed.spool.delete(u.id)
+        else:
+            flip({"data": paths[False], "chunks": paths[False].with_name("chunks"), "manifest": paths[True]}[what])
+        await fed.train("b")
+        found = await fed.until(lambda: fed.parts.board.get(task), "the task to be open again")
+        assert fed.driver(run).round.phase is Phase.COLLECT
+        assert fed.driver(run).round.accepted == ("b",)
+        fed.polls["a"].clear()
+        await fed.train("a")
+        assert (await fed.ended(run)).version == 1
+        assert await weights(fed, run, 1) == [1.5, 2.5]
+        assert "task_reopened" in await fed.events(run)
+        assert found.reopened is False
+
+
+async def test_a_manifest_that_rots_before_it_is_looked_at_is_sent_again(data: Path):
+    async with server(data) as fed:
+        await fed.import_model()
+        await fed.join("a")
+        run = await fed.create(**ONE, **QUIET)
+        task = await fed.task("a")
+        update = await fed.send(task)
+        for upload in await fed.database.run(task_queries.all_uploads):
+            if upload.digest == update.digest:
+                flip(fed.spool.path(upload.id))
+        with pytest.raises(FedlinkError) as e:
+            await fed.complete(task, update)
+        assert e.value.reason is Reason.BLOB_MISSING
+        assert (await fed.complete(task, await fed.send(task))).accepted
+        assert (await fed.ended(run)).version == 1
+
+
+async def test_an_update_that_rots_again_and_again_fails_the_round_by_name(data: Path):
+    async with server(data) as fed:
+        await fed.import_model()
+        await fed.join("a")
+        run = await fed.create(cohort={"min_clients": 1, "round_attempts": 1}, **QUIET)
+        real = fed.spool.append
+
+        def rotting(upload_id: bytes, offset: int, chunks: Sequence[Buffer]) -> int:
+            end = real(upload_id, offset, chunks)
+            if bytes(chunks[0][8:9]) == b"{":  # a safetensors file
+                flip(fed.spool.path(upload_id))
+            return end
+
+        fed.spool.append = rotting
+        for _ in range(4):
+            fed.polls.get("a", []).clear()
+            task = await fed.task("a")
+            await fed.complete(task, await fed.send(task))
+        after = await fed.ended(run)
+        assert after.state == "failed"
+        assert "of the update of client 'a'" in after.reason
+        assert "damaged on the server's disk" in after.reason
 
 
 async def test_a_run_that_waits_for_an_evaluation_waits_on_after_a_restart(data: Path):

@@ -12,6 +12,7 @@ import pytest
 from fedlink.blobs import ref_of
 from fedlink.errors import FedlinkError, Reason
 from fedlink.transfer import TaskPurpose
+from fedserver.runtime import driver, versions
 from fedserver.runtime.access import Caller
 from fedserver.store.queries import runs as run_queries
 from fedserver.store.queries import tasks as task_queries
@@ -64,9 +65,9 @@ async def test_nothing_happens_in_a_run_after_it_has_ended(fed: Server):
     run = await fed.create(rounds=2, **ONE)
     await fed.train("a")
     await fed.version(run, 1)
-    driver = fed.driver(run)
-    await driver.stop()
-    await driver.tick(1e12)
+    driven = fed.driver(run)
+    await driven.stop()
+    await driven.tick(1e12)
     assert (await fed.events(run))[-1] == "run_ended"
 
 
@@ -102,6 +103,55 @@ async def test_a_version_that_may_yet_be_the_best_is_kept(fed: Server):
     await fed.parts.versions.retire(run.id)
     assert 0 in [v.number for v in await fed.database.run(lambda c: run_queries.list_versions(c, run.id))]
     assert (await fed.complete(measuring, accuracy=1.0)).accepted
+
+
+async def test_a_version_that_is_being_read_is_not_retired(fed: Server, monkeypatch):
+    monkeypatch.setattr(versions, "READ_SECONDS", 2.0)
+    monkeypatch.setattr(driver, "READ_SECONDS", 0.1)
+    await fed.join("a")
+    run = await fed.create(rounds=4, retention={"keep_versions": 1}, **ONE, **QUIET)
+    await fed.train("a")
+    await fed.version(run, 1)
+    _, manifest, _ = await fed.parts.versions.find("r@1")
+    files = [manifest, *(f.blob for f in fed.parts.versions.read_manifest(manifest.digest).files)]
+    access = fed.parts.access
+    assert await access.readable(OPERATOR, b"", manifest.digest) == manifest
+    for number in (2, 3, 4):
+        await fed.train("a")
+        await fed.version(run, number)
+        # What an export asks for next is there, round after round.
+        for ref in files:
+            assert await access.readable(OPERATOR, b"", ref.digest) == ref
+
+    async def gone() -> bool:
+        return not fed.store.contains(manifest.digest) and await stored_is_needed(fed)
+
+    await fed.until(gone, "the version to go when nobody reads it any more")
+
+
+async def test_a_run_created_from_a_version_as_it_is_retired_has_all_of_it_or_is_refused(fed: Server):
+    await fed.join("a")
+    run = await fed.create(rounds=8, retention={"keep_versions": 1}, **ONE, **QUIET)
+    created, refusals = [], []
+    for number in range(1, 9):
+        training = asyncio.create_task(fed.train("a"))
+        # Again and again while the next version is committed and this one retired.
+        for attempt in range(50):
+            try:
+                created.append(await fed.create(f"c{number}-{attempt}", workload="x", model=f"r@{number - 1}", **ONE))
+            except FedlinkError as e:
+                refusals.append(e.reason)
+                break
+        await training
+        await fed.version(run, number)
+    await fed.ended(run)
+    assert created
+    assert set(refusals) == {Reason.MODEL_NOT_FOUND}
+    for each in created:
+        row = await fed.database.run(lambda c, each=each: run_queries.version(c, each.id, 0))
+        for digest in (row.digest, *(f.blob.digest for f in fed.parts.versions.read_manifest(row.digest).files)):
+            fed.store.verify(digest)
+    await fed.until(lambda: stored_is_needed(fed), "what nobody needs to go")
 
 
 async def test_an_upload_that_begins_as_its_round_closes_leaves_nothing(fed: Server, monkeypatch):

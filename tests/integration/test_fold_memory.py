@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from fedlink.blobs import BlobRef
+from fedlink.bulk import hash_file
 from fedlink.manifest import FileEntry, manifest_of_files
 from fedlink.tensors import Kind, read_header
 from fedserver.aggregation.check import check_update
@@ -21,6 +21,7 @@ from fedserver.aggregation.fold import aggregate
 from fedserver.aggregation.optimizers.sgd import Sgd
 from fedserver.aggregation.pipeline import Contribution, ModelFiles, Pipeline
 from fedserver.aggregation.reducers.mean import WeightedMean
+from tests.support.shards import listed
 
 SHARDS = 3
 TENSORS = 4
@@ -30,7 +31,7 @@ ELEMENTS = 12_500_000
 def sparse(directory: Path, kind: Kind, dtype: str, size: int) -> ModelFiles:
     """Three shards of four tensors of 12.5 million zeros each, which take no disk."""
     directory.mkdir()
-    files, paths = [], []
+    files, paths, lists = [], [], []
     step = ELEMENTS * size
     for i in range(SHARDS):
         table = {
@@ -41,9 +42,11 @@ def sparse(directory: Path, kind: Kind, dtype: str, size: int) -> ModelFiles:
         path = directory / f"part-{i}"
         path.write_bytes(struct.pack("<Q", len(head)) + head)
         os.truncate(path, 8 + len(head) + TENSORS * step)
-        files.append((FileEntry(path.name, BlobRef(bytes([i]) * 32, path.stat().st_size)), read_header(path)))
+        ref, chunk_digests = hash_file(path)
+        files.append((FileEntry(path.name, ref), read_header(path)))
         paths.append(path)
-    return ModelFiles(manifest_of_files(kind, files, {}), paths)
+        lists.append(listed(path, chunk_digests))
+    return ModelFiles(manifest_of_files(kind, files, {}), paths, lists)
 
 
 def fold_and_measure(tmp: Path) -> None:
@@ -60,7 +63,7 @@ def fold_and_measure(tmp: Path) -> None:
     watcher = threading.Thread(target=watch)
     watcher.start()
     check_update(model.manifest, update.manifest, update.files, kind=Kind.DELTA, update_dtype="BF16", max_bytes=1 << 40)
-    sent = [Contribution(f"c{k}", 1, update.manifest, update.files) for k in range(3)]
+    sent = [Contribution(f"c{k}", 1, update.manifest, update.files, update.lists) for k in range(3)]
     aggregate(model, None, sent, Pipeline(Kind.DELTA, WeightedMean(), Sgd()), tmp / "out")
     done.set()
     watcher.join()

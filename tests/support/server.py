@@ -28,6 +28,7 @@ from fedserver.runtime.recovery import recover
 from fedserver.settings import ServerSettings
 from fedserver.store.blobs import DirectoryBlobStore
 from fedserver.store.database import Database
+from fedserver.store.disk import Disk
 from fedserver.store.queries import models as model_queries
 from fedserver.store.queries import runs as run_queries
 from fedserver.store.queries import tasks as task_queries
@@ -183,11 +184,12 @@ async def server(root: Path, **settings: Any) -> AsyncIterator[Server]:
     """A server's life, from recovery to the end; what was committed stays in `root`, as after SIGKILL."""
     made = ServerSettings(data_dir=root, **settings)
     root.mkdir(exist_ok=True)
-    database = Database(made.database_url)
+    disk = Disk(root, reserve=made.disk_reserve)
+    database = Database(made.database_url, disk=disk)
     database.open()
-    store, spool = DirectoryBlobStore(root / "blobs"), Spool(root / "spool")
+    store, spool = DirectoryBlobStore(root / "blobs"), Spool(root / "spool", disk=disk)
     await recover(database, store, spool, root / "tmp")
-    parts, engine = _build(made, database, store, spool)
+    parts, engine = _build(made, database, store, spool, disk)
     await parts.sites.load()
     await engine.start()
     completions = Completions(database, engine, parts.board, parts.access, parts.versions)

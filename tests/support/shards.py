@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from fedlink.blobs import ref_of
+from fedlink.blobs import chunk_digests_of, ref_of
 from fedlink.manifest import FileEntry, manifest_of_files
 from fedlink.tensors import Kind, Role, read_header
 from fedserver.aggregation.pipeline import Contribution, ModelFiles
@@ -80,21 +80,29 @@ def put(
 ) -> ModelFiles:
     """Write shards and make their manifest."""
     directory.mkdir(parents=True, exist_ok=True)
-    files, paths = [], []
+    files, paths, lists = [], [], []
     for i, tensors in enumerate(shards):
         path = directory / f"part-{i}.safetensors"
         write_safetensors(path, tensors)
         files.append((FileEntry(path.name, ref_of(path.read_bytes())), read_header(path)))
         paths.append(path)
+        lists.append(listed(path, chunk_digests_of(path.read_bytes())))
     roles = {t.name: t.role for shard in shards for t in shard}
-    return ModelFiles(manifest_of_files(kind, files, roles, aliases), paths)
+    return ModelFiles(manifest_of_files(kind, files, roles, aliases), paths, lists)
+
+
+def listed(path: Path, chunk_digests: bytes) -> Path:
+    """Write a file's chunk list beside it."""
+    beside = path.with_name(path.name + ".chunks")
+    beside.write_bytes(chunk_digests)
+    return beside
 
 
 def contribution(
     directory: Path, client: str, examples: int, kind: Kind, shards: Sequence[Sequence[T]]
 ) -> Contribution:
     made = put(directory / client, kind, shards)
-    return Contribution(client, examples, made.manifest, made.files)
+    return Contribution(client, examples, made.manifest, made.files, made.lists)
 
 
 def get(model: ModelFiles) -> dict[str, T]:

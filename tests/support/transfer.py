@@ -41,6 +41,7 @@ class DictAccess:
         self.published: dict[bytes, BlobRef] = {}
         self.uploads: dict[bytes, tuple[str, Purpose]] = {}
         self.closed = False
+        self.found_damaged: list[bytes] = []
         self.read = 0
         self.written = 0
         self.starts = 0
@@ -89,6 +90,10 @@ class DictAccess:
             raise FedlinkError(Reason.ROUND_CLOSED, "the round is over")
         if upload_id not in self.uploads or self.uploads[upload_id][0] != caller.name:
             raise FedlinkError(Reason.UPLOAD_NOT_FOUND, "no such upload")
+
+    async def damaged(self, caller: Caller, digest: bytes, error: FedlinkError) -> FedlinkError:
+        self.found_damaged.append(digest)
+        return error
 
     def count_read(self, task_token: bytes, nbytes: int) -> None:
         self.read += nbytes

@@ -6,6 +6,7 @@ import errno
 import itertools
 import math
 import random
+import shutil
 import struct
 from fractions import Fraction
 from pathlib import Path
@@ -28,7 +29,7 @@ from fedserver.aggregation.pipeline import ModelFiles, Pipeline
 from fedserver.aggregation.presets import pipeline_for
 from fedserver.aggregation.reducers.mean import WeightedMean
 from tests.support.floats import nearest
-from tests.support.shards import NUMPY, T, contribution, get, put
+from tests.support.shards import NUMPY, T, contribution, get, listed, put
 
 FEDAVG = Pipeline(Kind.DELTA, WeightedMean(), Sgd(1.0))
 B, F = Role.BUFFER, Role.FROZEN
@@ -38,11 +39,11 @@ FLOATS = (*NARROW, "F32", "F64")
 
 def adopt(version, old=None):
     """Model and master of a new version as the next round reads them; shards not rewritten come from `old`."""
-    paths = {f.entry.blob: f.path for f in version.files}
-    before = dict(zip((f.blob for f in old.manifest.files), old.files, strict=True)) if old else {}
+    found = {f.blob: (old.files[i], old.lists[i]) for i, f in enumerate(old.manifest.files)} if old else {}
+    found |= {f.entry.blob: (f.path, listed(f.path, f.chunk_digests)) for f in version.files}
 
     def files(manifest):
-        return ModelFiles(manifest, [paths.get(f.blob) or before[f.blob] for f in manifest.files])
+        return ModelFiles(manifest, *zip(*(found[f.blob] for f in manifest.files), strict=True))
 
     return files(version.model), files(version.master) if version.master else None
 
@@ -316,6 +317,43 @@ def test_a_file_cut_short_behind_our_back(tmp_path):
     model, updates, out = simple(tmp_path, [1.0], [[1.0]], [1])
     updates[0].files[0].write_bytes(updates[0].files[0].read_bytes()[:-1])
     with pytest.raises(FedlinkError, match="'x'") as e:
+        aggregate(model, None, updates, FEDAVG, out)
+    assert e.value.reason is Reason.BLOB_CORRUPT
+
+
+@pytest.mark.parametrize("whose", ["model", "master", "update", "list"])
+def test_a_bit_that_turned_is_never_averaged(tmp_path, whose):
+    size = 600_000
+    rng = np.random.default_rng(5)
+    model, updates, out = simple(
+        tmp_path, rng.normal(size=size), [rng.normal(size=size) for _ in range(2)], [1, 1], "BF16", "F32"
+    )
+    model, master = adopt(aggregate(model, None, updates, FEDAVG, out), model)
+    victim = {"model": model, "master": master, "update": updates[1], "list": updates[1]}[whose]
+    path = (victim.lists if whose == "list" else victim.files)[0]
+    data = bytearray(path.read_bytes())
+    # The lowest bit of the last number: what it makes of the sum passes every other check.
+    data[-2 if whose == "model" else -4] ^= 1
+    path.write_bytes(data)
+    out = tmp_path / "again"
+    out.mkdir()
+    if whose == "model":  # what is published is the cast of the master; the model itself is not read
+        aggregate(model, master, updates, FEDAVG, out)
+        shutil.rmtree(out)
+        out.mkdir()
+        master = None
+    with pytest.raises(FedlinkError, match="damaged on the server's disk") as e:
+        aggregate(model, master, updates, FEDAVG, out)
+    assert e.value.reason is Reason.BLOB_CORRUPT
+    assert e.value.metadata["digest"] == victim.manifest.files[0].blob.digest.hex()
+    assert e.value.metadata.get("client") == (updates[1].client if victim is updates[1] else None)
+
+
+def test_a_bit_that_makes_infinity_is_blamed_on_the_disk(tmp_path):
+    model, updates, out = simple(tmp_path, [1.0], [[1.0]], [1])
+    path = updates[0].files[0]
+    path.write_bytes(path.read_bytes()[:-4] + struct.pack("<f", math.inf))
+    with pytest.raises(FedlinkError) as e:
         aggregate(model, None, updates, FEDAVG, out)
     assert e.value.reason is Reason.BLOB_CORRUPT
 

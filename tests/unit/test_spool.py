@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from fedlink.blobs import CHUNK_SIZE, BlobRef, chunk_digests_of, chunk_spans, ref_of
 from fedlink.errors import FedlinkError, Reason
 from fedserver.store.blobs import DirectoryBlobStore
+from fedserver.store.disk import Disk
 from fedserver.store.spool import Spool
 from tests.support.transfer import some_bytes
 
@@ -90,7 +91,7 @@ def test_refusals(tmp_path: Path) -> None:
 
 
 def test_no_room(tmp_path: Path) -> None:
-    spool = Spool(tmp_path, reserve=1 << 60)
+    spool = Spool(tmp_path, disk=Disk(tmp_path, reserve=1 << 60))
     e = refusal(create, spool, b"small")
     assert e.reason is Reason.DISK_FULL
     assert e.retry_after

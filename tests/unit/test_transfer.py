@@ -36,6 +36,7 @@ CURABLE = [
     Reason.UNREACHABLE,
     Reason.BUSY,
     Reason.DISK_FULL,
+    Reason.DISK_UNWRITABLE,
     Reason.DRAINING,
     Reason.INTERNAL,
     Reason.UNKNOWN,
@@ -201,6 +202,19 @@ def test_bytes_that_stay_damaged_end_it() -> None:
         down, step = down.after(Fetched(0, has_list=False, error=error(reason)), RNG)
     assert isinstance(step, GiveUp)
     assert step.error.reason is Reason.BLOB_CORRUPT
+
+
+def test_after_damage_the_server_is_asked_to_look_until_bytes_move() -> None:
+    down, step = Download(BlobRef(bytes(32), 2 * MIB)).begin()
+    assert step == Fetch(0, 2 * MIB, with_list=True)
+    down, _ = down.after(Fetched(0, has_list=True, error=error(Reason.UNREACHABLE)), RNG)
+    down, step = down.after(Waited(), RNG)
+    assert step == Fetch(0, 2 * MIB, with_list=False)
+    down, _ = down.after(Fetched(0, has_list=True, error=error(Reason.CHUNK_CORRUPT)), RNG)
+    down, step = down.after(Waited(), RNG)
+    assert step == Fetch(0, 2 * MIB, with_list=False, verify=True)
+    _, step = down.after(Fetched(MIB, has_list=True), RNG)
+    assert step == Fetch(MIB, 2 * MIB, with_list=False)
 
 
 @pytest.mark.parametrize("committed", [1, MIB + 1, 3 * MIB])

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fedserver.rounds.model import Action, Aggregated, AggregationFailed, Event, Fail, Phase, Round
+from fedserver.rounds.model import (
+    Action,
+    Aggregated,
+    AggregationFailed,
+    Event,
+    Fail,
+    Phase,
+    Round,
+    TaskState,
+    UpdateLost,
+)
 
 
 def step(current: Round, event: Event) -> tuple[Round, list[Action]]:
-    """End in COMMITTED or FAILED."""
+    """End in COMMITTED or FAILED, or go back to COLLECT for an update that is not there any more."""
     match event:
         case Aggregated():
             return replace(current, phase=Phase.COMMITTED), []
         case AggregationFailed(reason=reason):
             return replace(current, phase=Phase.FAILED, reason=reason), [Fail(reason)]
+        case UpdateLost(client=client, not_before=moment) if client in current.accepted:
+            deadline = None if current.deadline_at is None else max(current.deadline_at, moment)
+            again = replace(current.tasks[client], state=TaskState.PENDING)
+            return replace(current.with_task(client, again), phase=Phase.COLLECT, deadline_at=deadline), []
         case _:
             return current, []

@@ -53,6 +53,11 @@ def drop_refs(c: Connection, owner: str) -> set[bytes]:
     return mine
 
 
+def owners_of(c: Connection, digest: bytes) -> list[str]:
+    """Who needs a blob."""
+    return list(c.execute(select(blob_refs.c.owner).where(blob_refs.c.digest == digest)).scalars())
+
+
 def needed_of(c: Connection, digests: Collection[bytes]) -> set[bytes]:
     """Those of these digests that somebody needs."""
     found: set[bytes] = set()

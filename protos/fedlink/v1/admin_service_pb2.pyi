@@ -1584,3 +1584,63 @@ class DrainServerResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DrainServerResponse: _TypeAlias = DrainServerResponse  # noqa: Y015
+
+@_typing.final
+class VerifyModelsRequest(_message.Message):
+    """VerifyModelsRequest names what to look at."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """As for GetModelRequest; empty for every model and version."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyModelsRequest: _TypeAlias = VerifyModelsRequest  # noqa: Y015
+
+@_typing.final
+class VerifyModelsResponse(_message.Message):
+    """VerifyModelsResponse is one file of a model or version."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    FILE_FIELD_NUMBER: _builtins.int
+    BLOB_FIELD_NUMBER: _builtins.int
+    DAMAGE_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model, or RUN@VERSION."""
+    file: _builtins.str
+    """The file's name in the manifest; "manifest" for that itself, and with
+    "master/" before it what belongs to the float32 master of a 16-bit model.
+    """
+    damage: _builtins.str
+    """What is wrong with it, for people; empty if nothing is."""
+    @_builtins.property
+    def blob(self) -> _types_pb2.BlobRef:
+        """Name and size; a size of 0 if it is not known."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        file: _builtins.str = ...,
+        blob: _types_pb2.BlobRef | None = ...,
+        damage: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "damage", b"damage", "file", b"file", "model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyModelsResponse: _TypeAlias = VerifyModelsResponse  # noqa: Y015

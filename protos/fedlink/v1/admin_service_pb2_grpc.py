@@ -147,6 +147,11 @@ class AdminServiceStub(object):
                 request_serializer=fedlink_dot_v1_dot_admin__service__pb2.DrainServerRequest.SerializeToString,
                 response_deserializer=fedlink_dot_v1_dot_admin__service__pb2.DrainServerResponse.FromString,
                 _registered_method=True)
+        self.VerifyModels = channel.unary_stream(
+                '/fedlink.v1.AdminService/VerifyModels',
+                request_serializer=fedlink_dot_v1_dot_admin__service__pb2.VerifyModelsRequest.SerializeToString,
+                response_deserializer=fedlink_dot_v1_dot_admin__service__pb2.VerifyModelsResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer(object):
@@ -324,6 +329,15 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def VerifyModels(self, request, context):
+        """VerifyModels hashes the stored files of models and versions again, and
+        streams what it finds, file by file. It reads everything from the disk.
+        Repeating the call is free of effects.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -431,6 +445,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.DrainServer,
                     request_deserializer=fedlink_dot_v1_dot_admin__service__pb2.DrainServerRequest.FromString,
                     response_serializer=fedlink_dot_v1_dot_admin__service__pb2.DrainServerResponse.SerializeToString,
+            ),
+            'VerifyModels': grpc.unary_stream_rpc_method_handler(
+                    servicer.VerifyModels,
+                    request_deserializer=fedlink_dot_v1_dot_admin__service__pb2.VerifyModelsRequest.FromString,
+                    response_serializer=fedlink_dot_v1_dot_admin__service__pb2.VerifyModelsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1008,6 +1027,33 @@ class AdminService(object):
             '/fedlink.v1.AdminService/DrainServer',
             fedlink_dot_v1_dot_admin__service__pb2.DrainServerRequest.SerializeToString,
             fedlink_dot_v1_dot_admin__service__pb2.DrainServerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifyModels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/fedlink.v1.AdminService/VerifyModels',
+            fedlink_dot_v1_dot_admin__service__pb2.VerifyModelsRequest.SerializeToString,
+            fedlink_dot_v1_dot_admin__service__pb2.VerifyModelsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -110,6 +110,11 @@ class AdminServiceStub:
     then the server exits. Every call answers what is still waited for. A repeat
     changes nothing.
     """
+    VerifyModels: _grpc.UnaryStreamMultiCallable[_admin_service_pb2.VerifyModelsRequest, _admin_service_pb2.VerifyModelsResponse]
+    """VerifyModels hashes the stored files of models and versions again, and
+    streams what it finds, file by file. It reads everything from the disk.
+    Repeating the call is free of effects.
+    """
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -192,6 +197,11 @@ class AdminServiceAsyncStub(AdminServiceStub):
     (UNAVAILABLE / DRAINING); uploads and aggregations under way are finished,
     then the server exits. Every call answers what is still waited for. A repeat
     changes nothing.
+    """
+    VerifyModels: _aio.UnaryStreamMultiCallable[_admin_service_pb2.VerifyModelsRequest, _admin_service_pb2.VerifyModelsResponse]  # type: ignore[assignment]
+    """VerifyModels hashes the stored files of models and versions again, and
+    streams what it finds, file by file. It reads everything from the disk.
+    Repeating the call is free of effects.
     """
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -398,6 +408,17 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         (UNAVAILABLE / DRAINING); uploads and aggregations under way are finished,
         then the server exits. Every call answers what is still waited for. A repeat
         changes nothing.
+        """
+
+    @_abc_1.abstractmethod
+    def VerifyModels(
+        self,
+        request: _admin_service_pb2.VerifyModelsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_admin_service_pb2.VerifyModelsResponse], _abc.AsyncIterator[_admin_service_pb2.VerifyModelsResponse]]:
+        """VerifyModels hashes the stored files of models and versions again, and
+        streams what it finds, file by file. It reads everything from the disk.
+        Repeating the call is free of effects.
         """
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -30,6 +30,7 @@ class ReadBlobRequest(_message.Message):
     OFFSET_FIELD_NUMBER: _builtins.int
     LIMIT_FIELD_NUMBER: _builtins.int
     INCLUDE_CHUNK_DIGESTS_FIELD_NUMBER: _builtins.int
+    VERIFY_FIELD_NUMBER: _builtins.int
     task_token: _builtins.bytes
     """The task under which the caller may read; empty on the operators' listener."""
     digest: _builtins.bytes
@@ -42,6 +43,11 @@ class ReadBlobRequest(_message.Message):
     """
     include_chunk_digests: _builtins.bool
     """Ask for the list of all chunk digests in the first message."""
+    verify: _builtins.bool
+    """Bytes of this range came damaged before: the server is to check what it reads
+    from its disk before it sends it, and answers DATA_LOSS / BLOB_CORRUPT if the
+    damage is there. A server that does not know the field sends as ever.
+    """
     def __init__(
         self,
         *,
@@ -50,10 +56,11 @@ class ReadBlobRequest(_message.Message):
         offset: _builtins.int = ...,
         limit: _builtins.int = ...,
         include_chunk_digests: _builtins.bool = ...,
+        verify: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "include_chunk_digests", b"include_chunk_digests", "limit", b"limit", "offset", b"offset", "task_token", b"task_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "include_chunk_digests", b"include_chunk_digests", "limit", b"limit", "offset", b"offset", "task_token", b"task_token", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -101,7 +101,8 @@ class BlobServiceServicer(object):
         NOT_FOUND / BLOB_NOT_FOUND: no such blob, or not one this caller may read
         (the two are not told apart). FAILED_PRECONDITION / ROUND_CLOSED: the task's
         round is over; drop the task. OUT_OF_RANGE / OFFSET_MISMATCH: offset is not
-        a multiple of 1 MiB or lies beyond the end.
+        a multiple of 1 MiB or lies beyond the end. DATA_LOSS / BLOB_CORRUPT: the
+        blob is damaged on the server's disk.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -52,7 +52,8 @@ class BlobServiceStub:
     NOT_FOUND / BLOB_NOT_FOUND: no such blob, or not one this caller may read
     (the two are not told apart). FAILED_PRECONDITION / ROUND_CLOSED: the task's
     round is over; drop the task. OUT_OF_RANGE / OFFSET_MISMATCH: offset is not
-    a multiple of 1 MiB or lies beyond the end.
+    a multiple of 1 MiB or lies beyond the end. DATA_LOSS / BLOB_CORRUPT: the
+    blob is damaged on the server's disk.
     """
     FindMissingBlobs: _grpc.UnaryUnaryMultiCallable[_blob_service_pb2.FindMissingBlobsRequest, _blob_service_pb2.FindMissingBlobsResponse]
     """FindMissingBlobs says which blobs the caller would have to send. A blob is
@@ -135,7 +136,8 @@ class BlobServiceAsyncStub(BlobServiceStub):
     NOT_FOUND / BLOB_NOT_FOUND: no such blob, or not one this caller may read
     (the two are not told apart). FAILED_PRECONDITION / ROUND_CLOSED: the task's
     round is over; drop the task. OUT_OF_RANGE / OFFSET_MISMATCH: offset is not
-    a multiple of 1 MiB or lies beyond the end.
+    a multiple of 1 MiB or lies beyond the end. DATA_LOSS / BLOB_CORRUPT: the
+    blob is damaged on the server's disk.
     """
     FindMissingBlobs: _aio.UnaryUnaryMultiCallable[_blob_service_pb2.FindMissingBlobsRequest, _blob_service_pb2.FindMissingBlobsResponse]  # type: ignore[assignment]
     """FindMissingBlobs says which blobs the caller would have to send. A blob is
@@ -221,7 +223,8 @@ class BlobServiceServicer(metaclass=_abc_1.ABCMeta):
         NOT_FOUND / BLOB_NOT_FOUND: no such blob, or not one this caller may read
         (the two are not told apart). FAILED_PRECONDITION / ROUND_CLOSED: the task's
         round is over; drop the task. OUT_OF_RANGE / OFFSET_MISMATCH: offset is not
-        a multiple of 1 MiB or lies beyond the end.
+        a multiple of 1 MiB or lies beyond the end. DATA_LOSS / BLOB_CORRUPT: the
+        blob is damaged on the server's disk.
         """
 
     @_abc_1.abstractmethod
