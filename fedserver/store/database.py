@@ -117,22 +117,26 @@ class Database:
                         stop = True
                         break
                     batch.append(more)
-                self._note(_run_batch(connection, batch))
+                self._note(*_run_batch(connection, batch))
                 if stop:
                     return
 
-    def _note(self, trouble: FedlinkError | None) -> None:
+    def _note(self, trouble: FedlinkError | None, wrote: bool) -> None:
         if self._disk is None:
             return
         if trouble is not None:
             self._disk.failed(_USE, trouble)
-        else:
+        elif wrote:
             self._disk.worked(_USE)
 
 
-def _run_batch(connection: Connection, batch: list[_Job]) -> FedlinkError | None:
-    """Carry out what waits; what the disk refused, if it did."""
-    trouble = None
+def _run_batch(connection: Connection, batch: list[_Job]) -> tuple[FedlinkError | None, bool]:
+    """Carry out what waits.
+
+    Returns:
+        What the disk refused, if it did; whether anything was written.
+    """
+    trouble, wrote = None, False
     # From here on a caller that is cancelled no longer cancels the work.
     batch = [(work, future) for work, future in batch if future.set_running_or_notify_cancel()]
     outcomes: list[tuple[Future[Any], Any, BaseException | None]] = []
@@ -149,7 +153,8 @@ def _run_batch(connection: Connection, batch: list[_Job]) -> FedlinkError | None
                         # SQLite gave the whole transaction up (disk full, I/O error), the work before this one too.
                         raise
                     outcomes.append((future, None, e))
-                if _changes(connection) == before:
+                wrote = _changes(connection) != before
+                if not wrote:
                     read = len(outcomes)
     except Exception as e:  # noqa: BLE001 - the commit failed for all of them; the thread must live
         # All but those that came before the first change, and so have read what is true.
@@ -161,7 +166,7 @@ def _run_batch(connection: Connection, batch: list[_Job]) -> FedlinkError | None
             future.set_exception(named)
         else:
             future.set_result(value)
-    return trouble
+    return trouble, wrote
 
 
 def _changes(connection: Connection) -> object:

@@ -17,7 +17,8 @@ from fedlink.errors import FedlinkError, Reason
 RETRY_AFTER = 5.0
 """Seconds after which a client may ask again."""
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_FURTHER = "further uploads"
+FURTHER = "further uploads"
+"""The use of the disk for what `check_room` is asked about."""
 _NEWS_SECONDS = 60.0
 """What was not met again for so long is over."""
 
@@ -98,9 +99,8 @@ class Disk:
         free = shutil.disk_usage(self._root).free
         if free < size + kept:
             text = f"has no room for further uploads: {free} bytes are free, {size} are needed and {kept} kept free"
-            self.note(_FURTHER, text)
+            self.note(FURTHER, text)
             raise disk_full(what)
-        self.worked(_FURTHER)
 
     @contextlib.contextmanager
     def used_for(self, use: str) -> Iterator[None]:

@@ -38,7 +38,7 @@ from fedlink.blobs import (
 from fedlink.errors import FedlinkError, Reason
 from fedlink.failpoints import reach
 from fedlink.files import read_at, write_at
-from fedserver.store.disk import Disk
+from fedserver.store.disk import FURTHER, Disk
 
 UPLOAD_ID_SIZE = 16
 """Bytes in an upload's id."""
@@ -287,7 +287,7 @@ class Spool:
         final = self._directory(upload_id)
         directory = self._root / f"{_NEW}{secrets.token_hex(8)}"
         try:
-            with self._disk.used_for("uploads"):
+            with self._disk.used_for(FURTHER):
                 directory.mkdir()
                 (directory / "state").write_bytes(_STATE.pack(_MAGIC, ref.digest, ref.size, committed))
                 (directory / "chunks").write_bytes(chunk_digests)

@@ -118,7 +118,7 @@ def test_the_servers_disk_fills_up_and_is_read_only(tmp_path: Path, so: Path) ->
         # Once an episode, not at every try.
         assert log.count("no room for further uploads") == 1
         assert log.count("holds up the next version") == 2
-        assert log.count("cannot be written, which holds up uploads") == 1
+        assert log.count("cannot be written, which holds up further uploads") == 1
         assert log.count("cannot be written, which holds up the database") == 1
 
 

@@ -25,6 +25,7 @@ from fedserver.rounds.model import (
     TaskChanged,
     TaskState,
     Tick,
+    UpdateLost,
 )
 from fedserver.rounds.phases.select import needed
 from fedserver.rounds.selection import cohort_size
@@ -235,3 +236,24 @@ def test_explanations_name_who_and_what_ends_it():
     ready = RunView(state="active", workload="w", round=waiting, now=0, eligible=frozenset("abc"))
     assert explain(ready) == "round 1 is about to start with a, b, c"
     assert "paused" in explain(RunView(state="paused", workload="w", round=waiting, now=0))
+
+
+def test_an_update_that_is_lost_while_it_is_added_up_is_collected_again():
+    closed, actions = told(opened(Cohort(deadline=50.0)), *accepted(*SITES))
+    assert (closed.phase, actions) == (Phase.AGGREGATE, [Aggregate(SITES)])
+    assert step(closed, UpdateLost("e", 900.0)) == (closed, [])
+    again, actions = step(closed, UpdateLost("b", 900.0))
+    assert (again.phase, actions, again.accepted) == (Phase.COLLECT, [], ("a", "c", "d"))
+    # The deadline was at 150; its site gets a term.
+    assert again.deadline_at == 900.0
+    assert step(again, Tick(899.0))[0].phase is Phase.COLLECT
+    done, actions = told(again, *accepted("b"))
+    assert (done.phase, actions) == (Phase.AGGREGATE, [Aggregate(SITES)])
+    without, actions = step(again, Tick(901.0))
+    assert (without.phase, actions) == (Phase.AGGREGATE, [Aggregate(("a", "c", "d"))])
+
+
+def test_what_is_wrong_with_the_server_is_told_beside_what_a_run_waits_for():
+    view = RunView("active", "w", opened(Cohort()), 101.0, obstacle="the disk is full")
+    assert explain(view).endswith("; the disk is full")
+    assert explain(RunView("completed", "w", None, 101.0, obstacle="the disk is full")) == ""
