@@ -53,7 +53,7 @@ class HeartDisease(Workload):
         """Steps on batches drawn without replacement, over and over."""
         features, labels = self.train_set
         rate = ctx.settings.learning_rate
-        # torch.optim brings torch's compiler along, which takes longer to import than all the steps here: Adam needs it.
+        # torch.optim imports torch's compiler, which takes longer than all the steps here; only Adam is worth it.
         adam = torch.optim.Adam(model.parameters(), lr=rate) if ctx.settings.optimizer == "adam" else None
         generator = ctx.generator()
         left = torch.empty(0, dtype=torch.int64)
