@@ -18,7 +18,6 @@ from typing import Annotated
 import typer
 
 import fedlink
-from fedclient.agent import Agent
 from fedclient.doctor import doctor
 from fedclient.local_cli import init_model, train_local
 from fedclient.pulse import read_pulse
@@ -90,6 +89,9 @@ def health(config: Annotated[Path, typer.Option(help="The site's site.toml.")] =
 
 
 async def _serve(site: SiteSettings) -> None:
+    # What only the daemon needs is imported here, so that the other commands start quickly.
+    from fedclient.agent import Agent  # noqa: PLC0415
+
     agent = Agent(site)
     signals = 0
 

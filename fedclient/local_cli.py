@@ -6,15 +6,16 @@ import asyncio
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedclient import local
-from fedclient.local import LocalRun, LocalVersion
 from fedclient.settings import load_site
 from fedlink.config import load_toml
 from fedlink.run_file import RunSpec
+
+if TYPE_CHECKING:
+    from fedclient.local import LocalRun, LocalVersion
 
 Config = Annotated[Path, typer.Option(help="The site's site.toml.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
@@ -32,6 +33,9 @@ def train_local(
 
     The last line printed is `result {json}`.
     """
+    # What needs numpy is imported here and below, so that the other commands start quickly.
+    from fedclient import local  # noqa: PLC0415
+
     spec = RunSpec.checked(load_toml(settings), str(settings))
 
     def show(version: LocalVersion) -> None:
@@ -52,6 +56,8 @@ def init_model(
     as_json: Json = False,
 ) -> None:
     """Write the model that a workload's class builds, to start a run from."""
+    from fedclient import local  # noqa: PLC0415 - as above
+
     path = asyncio.run(local.init_model(load_site(config), workload, output, seed))
     if as_json:
         typer.echo(json.dumps({"workload": workload, "seed": seed, "path": str(path)}))

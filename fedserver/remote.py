@@ -8,7 +8,7 @@ import secrets
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import grpc.aio
 from google.protobuf.message import Message
@@ -18,12 +18,13 @@ from fedlink import rpc
 from fedlink.blobs import MAX_MANIFEST_SIZE, BlobRef, chunk_digests_of, ref_of
 from fedlink.bulk import download_blob, upload_file
 from fedlink.errors import FedlinkError, Reason
-from fedlink.manifest import FileEntry, Manifest, ref_from_pb, ref_to_pb
 from fedlink.transfer import ImportPurpose, Retry
 from fedlink.v1 import admin_service_pb2 as pb
 from fedlink.v1 import admin_service_pb2_grpc as pb_grpc
-from fedserver import modelfiles
 from fedserver.settings import admin_socket
+
+if TYPE_CHECKING:
+    from fedlink.manifest import FileEntry
 
 OnProgress = Callable[[int, int], None]
 _FEW = Retry(limit=8)
@@ -148,6 +149,10 @@ class Admin:
         Raises:
             FedlinkError: the files are no model, or what the server answers.
         """
+        # What needs numpy is imported where models are handled, so that the other commands start quickly.
+        from fedlink.manifest import ref_to_pb  # noqa: PLC0415
+        from fedserver import modelfiles  # noqa: PLC0415
+
         with tempfile.TemporaryDirectory(prefix="fedlink-import-") as scratch:
             converted = await asyncio.to_thread(
                 modelfiles.convert, source, Path(scratch), buffers=buffers, frozen=frozen
@@ -184,6 +189,9 @@ class Admin:
         Raises:
             FedlinkError: what the server answers, or the directory holds a model already.
         """
+        from fedlink.manifest import Manifest, ref_from_pb  # noqa: PLC0415 - as for `import_model`
+        from fedserver import modelfiles  # noqa: PLC0415
+
         model: pb.Model = (await self.call(self.stub.GetModel, pb.GetModelRequest(name=name))).model
         with tempfile.TemporaryDirectory(prefix="fedlink-export-") as scratch:
             path = Path(scratch) / "manifest"

@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from fedlink.config import Config, Name, Seconds
-from fedlink.tensors import Kind
+
+if TYPE_CHECKING:
+    from fedlink.tensors import Kind
 
 MAX_JSON_BYTES = 64 << 10
 """Bytes in the largest JSON text that travels (settings, run files)."""
@@ -118,6 +120,9 @@ class RunSpec(Config):
     @property
     def update_kind(self) -> Kind:
         """What clients send."""
+        # Numpy comes with it, and would take half of the time in which a command starts.
+        from fedlink.tensors import Kind  # noqa: PLC0415
+
         return Kind.GRADIENT if self.strategy == "fedsgd" else Kind.DELTA
 
     @field_validator("settings")

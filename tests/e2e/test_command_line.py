@@ -19,6 +19,9 @@ from fedserver.settings import admin_socket
 from tests.support.classes.drift import expected
 from tests.support.federation import PATIENCE, Federation, Site, arrays_equal, call, program, until
 
+# One federation, in one test process.
+pytestmark = pytest.mark.xdist_group("command-line")
+
 START = {"w": np.arange(5, dtype=np.float32), "b": np.ones(3, np.float32)}
 SITES = {"ada": (1, 30), "bob": (2, 10)}
 LIMIT = {"limits": {"steps": {"max": 100}}}

@@ -24,6 +24,9 @@ from fedlink.v1 import coordination_service_pb2_grpc as pb_grpc
 from fedserver.authority import Authority
 from tests.support.federation import Federation, Site, call, until
 
+# One federation, in one test process.
+pytestmark = pytest.mark.xdist_group("doctor")
+
 CHECKS = [
     "config",
     "address",

@@ -23,6 +23,9 @@ from fedlink.v1 import types_pb2 as types_pb
 from tests.support.federation import Federation
 from tests.support.peer import Peer, manifest_of, refusal
 
+# One federation, in one test process.
+pytestmark = pytest.mark.xdist_group("hostile")
+
 MODEL = {"w": np.arange(12, dtype=np.float32).reshape(3, 4), "b": np.ones(2, np.float32)}
 GOOD = {"w": np.full((3, 4), 0.5, np.float32), "b": np.full(2, -1, np.float32)}
 ACCEPTED = pb.CompleteTaskResponse(outcome=pb.CompleteTaskResponse.OUTCOME_ACCEPTED)

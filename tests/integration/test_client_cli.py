@@ -161,6 +161,8 @@ async def test_the_token_is_sent_and_guarded(server: FakeServer, tmp_path: Path)
 
 
 async def test_the_daemon_never_imports_torch() -> None:
-    code = "import sys, fedclient.cli; sys.exit('torch' in sys.modules or 'safetensors' in sys.modules)"
+    code = (
+        "import sys, fedclient.cli, fedclient.agent; sys.exit('torch' in sys.modules or 'safetensors' in sys.modules)"
+    )
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", code)
     assert await process.wait() == 0

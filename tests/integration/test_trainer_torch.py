@@ -7,6 +7,7 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
+import pytest_asyncio
 import torch
 from safetensors.torch import load_file, load_model, save_model
 
@@ -33,7 +34,11 @@ def site(tmp_path_factory):
     return make_site(tmp_path_factory.mktemp("site"), "nets:Nets", stall_after=100.0)
 
 
-@pytest.fixture
+# Importing torch takes longer than any test here: one process serves them, and one loop, which it is bound to.
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.xdist_group("trainer-torch")]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def trainer(site):
     trainer = make_trainer(site)
     yield trainer
@@ -94,8 +99,8 @@ async def test_bfloat16_delta_is_rounded_once(trainer, tmp_path):
     assert small["unused"].dtype == np.float64
 
 
-async def test_warm_and_fresh_processes_give_the_same_bits(site, tmp_path):
-    warm, fresh = make_trainer(site), make_trainer(site)
+async def test_warm_and_fresh_processes_give_the_same_bits(site, trainer, tmp_path):
+    warm, fresh = trainer, make_trainer(site)
     try:
         model = await init(warm, tmp_path / "model")
         first = await train(warm, model, tmp_path / "0", round=1)
@@ -111,7 +116,6 @@ async def test_warm_and_fresh_processes_give_the_same_bits(site, tmp_path):
         assert raw_tensors(*a.files) != raw_tensors(*first.files)
         assert seen.metrics == again.metrics == (await evaluate(fresh, model, tmp_path / "e", version=1)).metrics
     finally:
-        await warm.close()
         await fresh.close()
 
 

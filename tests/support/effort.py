@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import os
 
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 
 
 def effort(examples: int, steps: int = 50) -> settings:
     """Settings for a state machine: EFFORT=100 pytest tests/property looks a hundred times as long."""
-    return settings(
-        max_examples=examples * int(os.environ.get("EFFORT", "1")),
-        stateful_step_count=steps,
-        deadline=None,
-        # A busy machine is no fault of the data.
-        suppress_health_check=[HealthCheck.too_slow],
-    )
+    return settings(max_examples=examples * int(os.environ.get("EFFORT", "1")), stateful_step_count=steps)

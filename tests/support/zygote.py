@@ -34,7 +34,16 @@ from typing import Any
 
 ENTRIES = {"fedserver": "fedserver.cli", "fedclient": "fedclient.cli"}
 """The programs, and the modules whose `main` they are."""
-PRELOADED = (*ENTRIES.values(), "fedserver.app", "sqlalchemy.dialects.sqlite.pysqlite", "fedclient.agent", "rich.live")
+PRELOADED = (
+    *ENTRIES.values(),
+    "fedserver.app",
+    "fedserver.modelfiles",
+    "fedserver.store.migrations",
+    "sqlalchemy.dialects.sqlite.pysqlite",
+    "fedclient.agent",
+    "fedclient.checks.report",
+    "fedclient.local",
+)
 """What a command would import."""
 _MAX_REQUEST = 1 << 17
 _FIXED = ("PYTHON", "LC_", "LANG")

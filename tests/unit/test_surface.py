@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -118,6 +120,16 @@ def test_commands_and_their_options():
     for name, app in (("fedserver", fedserver.cli.app), ("fedclient", fedclient.cli.app)):
         found |= dict(commands(typer.main.get_command(app), (name,)))
     assert found == COMMANDS
+
+
+def test_a_command_imports_little():
+    """Half a second a command is what an operator's script and a container's health check would pay."""
+    heavy = ("numpy", "sqlalchemy", "fedclient.agent", "fedclient.checks", "fedclient.local")
+    # `fedclient health` looks into the daemon's spool, which knows numpy.
+    for cli, allowed in (("fedserver.cli", []), ("fedclient.cli", ["numpy"])):
+        code = f"import sys, {cli}; print(*[m for m in {heavy} if m in sys.modules])"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.split() == allowed
 
 
 def test_reasons_and_their_status():
