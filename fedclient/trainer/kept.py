@@ -89,12 +89,14 @@ def _in_place(thing: Any) -> Kept | None:
 
 def _torch(thing: Any) -> Kept | None:
     torch = sys.modules.get("torch")
-    if torch is None or not isinstance(thing, torch.Tensor | torch.Generator):
+    if torch is None or not isinstance(thing, torch.Tensor | torch.Generator | torch.optim.Optimizer):
         return None
+    from fedclient.trainer.torch_state import copy_tensor, load_optimizer  # noqa: PLC0415 - imports torch
+
     if isinstance(thing, torch.Generator):
         return Kept(thing.get_state, thing.set_state, random=True)
-    from fedclient.trainer.torch_state import copy_tensor  # noqa: PLC0415 - imports torch
-
+    if isinstance(thing, torch.optim.Optimizer):
+        return Kept(thing.state_dict, lambda state: load_optimizer(thing, state))
     return Kept(lambda: thing, lambda state: copy_tensor(thing, state))
 
 

@@ -263,6 +263,18 @@ def rebuild_torch(node: Mapping[str, Any], source: Source) -> Any:
     return tensor.to(source.device) if node["accelerator"] else tensor
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Give an optimizer its state, each tensor in the dtype it had: torch's own method casts it to the parameter's."""
+    optimizer.load_state_dict(state)
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=True):
+        held = optimizer.state.get(parameter, {})
+        for key, value in state["state"].get(number, {}).items():
+            if isinstance(value, torch.Tensor) and held[key].dtype != value.dtype:
+                held[key] = value
+
+
 def copy_tensor(target: torch.Tensor, value: torch.Tensor) -> None:
     """Give a tensor another's value, in place.
 

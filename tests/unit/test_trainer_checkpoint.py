@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,15 @@ def zeros() -> dict[str, Any]:
     return {"w": np.zeros(4)}
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Sums by several threads may differ from one time to the next."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     directory = tmp_path_factory.mktemp("written")
@@ -64,7 +73,7 @@ def test_it_is_there_and_good(tmp_path: Path, written: bytes, undisturbed: dict[
     assert [p.name for p in tmp_path.iterdir()] == [NAME]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_damaged_one_is_put_aside(
     tmp_path: Path, written: bytes, undisturbed: dict[str, bytes], data: st.DataObject
@@ -304,23 +313,12 @@ def torch_training(make: Callable[[Any], Any], end: int | None, schedule: Any = 
 
 
 OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
     "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
     "adam": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True),
     "adamw": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01), foreach=False),
     **{
         name: (lambda p, name=name: getattr(torch.optim, name)(p))
-        for name in (
-            "Adagrad",
-            "Adadelta",
-            "RMSprop",
-            "NAdam",
-            "RAdam",
-            "Adamax",
-            "ASGD",
-            "Rprop",
-            "Adafactor",
-        )
+        for name in ("Adagrad", "RMSprop", "NAdam", "ASGD", "Adafactor")
     },
 }
 
@@ -328,19 +326,15 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_goes_on_to_the_same_bits(tmp_path: Path, name: str) -> None:
     make = OPTIMIZERS[name]
-    whole = Run(tmp_path, Odd, torch_training(make, None), every=0)
-    for end in (2, 7):
-        directory = tmp_path / str(end)
-        assert Run(directory, Odd, torch_training(make, end)).interrupted
-        run = Run(directory, Odd, torch_training(make, None))
-        assert run.notes == ["resumed from a local checkpoint"]
-        assert run.weights == whole.weights, (name, end)
+    assert Run(tmp_path, Odd, torch_training(make, 7)).interrupted
+    run = Run(tmp_path, Odd, torch_training(make, None), every=1000)
+    assert run.notes == ["resumed from a local checkpoint"]
+    assert run.weights == Run(tmp_path, Odd, torch_training(make, None), every=0).weights
 
 
 SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda i: 0.9**i),
     "steps": lambda o: lr_scheduler.MultiStepLR(o, [1, 2, 2]),
-    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 4),
     "one cycle": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=9),
     "sequence": lambda o: lr_scheduler.SequentialLR(
         o, [lr_scheduler.LinearLR(o), lr_scheduler.ExponentialLR(o, 0.5)], [2]
@@ -352,7 +346,7 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
 def test_every_scheduler_goes_on_to_the_same_bits(tmp_path: Path, name: str) -> None:
     make, schedule = OPTIMIZERS["momentum"], SCHEDULERS[name]
     assert Run(tmp_path, Odd, torch_training(make, 7, schedule)).interrupted
-    run = Run(tmp_path, Odd, torch_training(make, None, schedule))
+    run = Run(tmp_path, Odd, torch_training(make, None, schedule), every=1000)
     assert run.notes == ["resumed from a local checkpoint"]
     assert run.weights == Run(tmp_path, Odd, torch_training(make, None, schedule), every=0).weights
 
