@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from fedclient.trainer.checkpoint import Checkpoints, CheckpointUnusable
+from fedclient.trainer.checkpoint import Checkpoints
 from fedclient.trainer.course import Course, Loop
 from fedclient.trainer.wire import JobKind, Progress
 from fedlink.failpoints import reach
@@ -154,6 +154,7 @@ class Context:
         self._total = 0
         self._metrics: dict[str, Any] = {}
         self._course = Course(self)
+        self._resumed_at: int | None = None
         self._began = time.monotonic()
         self.earlier_seconds = 0.0
         """Seconds that the training had taken when the checkpoint was taken that it goes on from."""
@@ -201,13 +202,10 @@ class Context:
             if loop is None:
                 return
             self._total += size or 0
-            first = loop.step
             for batch in self._epochs(loop, data, None if steps is not None else epochs, limit):
                 reach("trainer.step")
                 yield batch
                 self._step += 1
-            if first and loop.step == first:
-                raise CheckpointUnusable("there are no further batches")
         self.alive()
 
     def keep(self, **things: Any) -> None:
@@ -277,6 +275,11 @@ class Context:
         """Whether the job is on its way to where its checkpoint was taken."""
         return self._course.resuming
 
+    @property
+    def unproven(self) -> bool:
+        """Whether no step has been finished since a checkpoint was gone on from: what fails may be its fault."""
+        return self.resuming or self._step == self._resumed_at
+
     def note(self, text: str) -> None:
         """Tell the site's owner something, in the daemon's log."""
         self._report(Progress(self._step, self._total, note=text))
@@ -301,6 +304,7 @@ class Context:
         self._step, self._total, self._metrics = counts["step"], counts["total"], dict(counts["metrics"])
         self.num_examples = counts["examples"]
         self.earlier_seconds = counts["seconds"]
+        self._resumed_at = self._step
         self.note("resumed from a local checkpoint")
 
     def counted(self) -> int:

@@ -44,7 +44,12 @@ class Saved:
 
     def __init__(self, path: Path, device: str, alive: Alive) -> None:
         self.device = device
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except (FileNotFoundError, NotADirectoryError):
+            raise FileNotFoundError(path) from None
+        except OSError as e:
+            raise DamagedError(str(e)) from None
         try:
             self._stored = {t.spec.name: t for t in read_header(path).tensors}
             self._check(alive)

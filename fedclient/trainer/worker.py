@@ -148,8 +148,8 @@ class Worker:
         try:
             self._workload.train(model, ctx)
         except Exception as error:
-            if ctx.resuming and not is_out_of_memory(error):
-                raise CheckpointUnusable(f"on the way to it {type(error).__name__} was raised") from error
+            if ctx.unproven and not is_out_of_memory(error):
+                raise CheckpointUnusable(f"going on from it ended in {type(error).__name__}") from error
             raise
         if ctx.resuming:
             raise CheckpointUnusable("the training ended before it came to it")

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedclient.trainer import Context
-from tests.support.interrupted import Interrupted, Run
+from tests.support.interrupted import MEMORY, Interrupted, Run
 
 
 @dataclass(frozen=True)
@@ -116,12 +116,12 @@ def build() -> dict[str, Any]:
     return {"w": np.ones(3, np.float32), "v": np.zeros((2, 2), np.float32)}
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(PLANS, st.lists(st.integers(0, 12), max_size=3))
 def test_interrupted_anywhere_it_gives_the_same_bits(plans: list[Plan], ends: list[int]) -> None:
     whole = Training(plans)
     undisturbed = Run(Path(), build, whole, every=0)
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory(dir=MEMORY) as directory:
         for end in [*ends, None]:
             training = Training(plans, end)
             run = Run(Path(directory), build, training)

@@ -21,10 +21,11 @@ from fedclient.trainer.checkpoint import _write
 from fedclient.trainer.nested import CannotHoldError, flatten
 from fedclient.trainer.saved import Saved
 from fedclient.trainer.torch_state import TORCH_DTYPES
+from tests.support.interrupted import MEMORY
 
 
 def through_a_file(value: Any) -> Any:
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory(dir=MEMORY) as directory:
         _write(
             Path(directory),
             "o",
