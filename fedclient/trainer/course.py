@@ -1,7 +1,7 @@
 """Where a training is in its loops, and how it comes back there: the other half of `Context`.
 
 A checkpoint is taken between two steps. It holds, for each loop under way from the outermost
-in, how many were begun before it in the same step of the loop around it, and its next step.
+in, which were begun before it in the same step of the loop around it, and its next step.
 A job that goes on runs the user's code from its start again; loops that were over yield
 nothing, those on the way to the place begin at their step, and where the innermost one
 begins everything is brought back.
@@ -47,7 +47,7 @@ class Loop:
     """A loop under way; the outermost one stands for the job itself.
 
     Attributes:
-        number: how many loops were begun before it in the same step of the loop around it.
+        before: kind and size of the loops begun before it in the same pass of the loop around it.
         kind: steps or batches.
         size: passes it makes, if that is known.
         step: the pass under way.
@@ -55,13 +55,13 @@ class Loop:
         batch: for batches: the batch of this epoch under way.
     """
 
-    def __init__(self, number: int, kind: str, size: int | None) -> None:
-        self.number = number
+    def __init__(self, before: list[Any], kind: str, size: int | None) -> None:
+        self.before = before
         self.kind = kind
         self.size = size
         self.step = self.epoch = self.batch = 0
-        self.begun = 0
-        """Loops begun in the pass under way."""
+        self.begun: list[Any] = []
+        """Kind and size of the loops begun in the pass under way."""
         self.kept: dict[str, Kept] = {}
         """What was named to be kept in the pass under way."""
         self.made: list[Kept] = []
@@ -80,13 +80,13 @@ class Loop:
         if self.kept and not self.begun:
             names = ", ".join(self.kept)
             raise RuntimeError(f"ctx.keep({names}=...) was called inside of the loop; call it before the loop begins")
-        self.begun = 0
+        self.begun.clear()
         self.kept.clear()
         self.made.clear()
 
     def place(self) -> list[Any]:
         """Where it is."""
-        return [self.number, self.kind, self.size, self.step, self.epoch, self.batch]
+        return [self.before, self.kind, self.size, self.step, self.epoch, self.batch]
 
 
 class Course:
@@ -100,7 +100,7 @@ class Course:
     def __init__(self, job: Job, checkpoints: Checkpoints | None = None) -> None:
         self._job = job
         self._checkpoints = checkpoints
-        self._loops = [Loop(0, "job", None)]
+        self._loops = [Loop([], "job", None)]
         saved = checkpoints.saved if checkpoints else None
         self._ahead: list[list[Any]] = saved.part("places") if saved else []
 
@@ -132,16 +132,15 @@ class Course:
             CheckpointUnusable: the job has other loops now.
         """
         outer = self._loops[-1]
-        loop = Loop(outer.begun, kind, size)
-        outer.begun += 1
+        loop = Loop(list(outer.begun), kind, size)
+        outer.begun.append([kind, size])
         if self._ahead:
-            number, *there = self._ahead[len(self._loops) - 1]
-            if loop.number < number:
+            before, *there, loop.step, loop.epoch, loop.batch = self._ahead[len(self._loops) - 1]
+            if [*before, there][: len(outer.begun)] != outer.begun:
+                raise CheckpointUnusable(_OTHER_LOOPS)
+            if len(loop.before) < len(before):
                 yield None
                 return
-            if [loop.number, kind, size] != [number, *there[:2]]:
-                raise CheckpointUnusable(_OTHER_LOOPS)
-            _, _, loop.step, loop.epoch, loop.batch = there
             loop.resumes = len(self._loops) == len(self._ahead)
         self._loops.append(loop)
         try:
