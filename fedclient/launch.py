@@ -33,7 +33,7 @@ from fedclient.trainer.wire import (
     Start,
     Write,
 )
-from fedlink import log
+from fedlink import failpoints, log
 
 __all__ = [
     "Description",
@@ -335,9 +335,12 @@ def trainer_environment(environ: Mapping[str, str], python: Path, packages: Path
     env = {
         name: value
         for name, value in environ.items()
-        if not name.upper().startswith(("FEDLINK_", "FEDCLIENT_", "FEDSERVER_"))
-        and "TOKEN" not in name.upper()
-        and not (foreign and name in ("PYTHONPATH", "PYTHONHOME"))
+        if name in (failpoints.VARIABLE, failpoints.LOG_VARIABLE)
+        or (
+            not name.upper().startswith(("FEDLINK_", "FEDCLIENT_", "FEDSERVER_"))
+            and "TOKEN" not in name.upper()
+            and not (foreign and name in ("PYTHONPATH", "PYTHONHOME"))
+        )
     }
     paths = [str(packages), *filter(None, [env.get("PYTHONPATH")])]
     return env | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}

@@ -44,6 +44,8 @@ class WorkloadSettings(Config):
     """Kill and report a trainer that makes no progress for so long."""
     keep_warm: Seconds = Field(300.0, ge=0)
     """Let an idle trainer process go after so long."""
+    checkpoint_every: Seconds = Field(300.0, ge=0)
+    """Write so often down how far a training is, for one that is interrupted; 0: never."""
 
 
 class TlsSettings(Config):

@@ -1,9 +1,10 @@
 """What the daemon keeps on disk so that a kill at any instant loses no work.
 
-    state_dir/lock                  held while a daemon runs
-    state_dir/journal/TOKEN.json    one `Held` task each, replaced atomically
-    state_dir/tasks/TOKEN/          its model directory and its update, until it is over
-    state_dir/cache/DIGEST          downloaded blobs, least recently used first out
+    state_dir/lock                         held while a daemon runs
+    state_dir/journal/TOKEN.json           one `Held` task each, replaced atomically
+    state_dir/tasks/TOKEN/                 its model directory and its update, until it is over
+    state_dir/checkpoints/RUN@WORKLOAD/    what a training goes on from, until its update is whole
+    state_dir/cache/DIGEST                 downloaded blobs, least recently used first out
 
 A task is FETCHED until its update is whole on disk, TRAINED until the server gave its
 verdict, COMPLETED until the server says that the round is over. Everything here blocks;
@@ -37,6 +38,9 @@ MAX_TOKEN_SIZE = 64
 """Bytes in the longest task token."""
 MAX_CACHED_FILES = 1000
 """Files in the cache that are not needed now; tiny models would make them countless under any limit of bytes."""
+
+CHECKPOINT_WAITS = 86400.0
+"""Seconds that the checkpoint of a failed training waits for the server to give the training once more."""
 
 _DIGEST_CHARS = 2 * DIGEST_SIZE
 
@@ -72,6 +76,11 @@ class Order(_Kept):
     def activity(self) -> str:
         """What it is, in a word: train or evaluate."""
         return "evaluate" if self.update is None else "train"
+
+    @property
+    def checkpoint(self) -> str:
+        """What the directory of its checkpoint is called: one for each run and workload, whatever the token."""
+        return f"{self.run}@{self.workload}"
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -177,9 +186,10 @@ class Spool:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._journal, self._tasks = root / "journal", root / "tasks"
+        self._journal, self._tasks, self._checkpoints = root / "journal", root / "tasks", root / "checkpoints"
+        self._held: dict[bytes, Held] = {}
         try:
-            for directory in (root, self._journal, self._tasks):
+            for directory in (root, self._journal, self._tasks, self._checkpoints):
                 make_directory(directory, 0o700)
             self._lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as e:
@@ -211,10 +221,15 @@ class Spool:
         for directory in self._tasks.iterdir():
             if directory.name not in known:
                 shutil.rmtree(directory)
+        self._held = {h.token: h for h in held}
+        self._drop_checkpoints(waits=0.0)
         return held
 
     def put(self, held: Held) -> None:
-        """Write a journal entry; it survives a power loss once this returns."""
+        """Write a journal entry; it survives a power loss once this returns.
+
+        Once no task is FETCHED any more that would go on from a checkpoint, the checkpoint is deleted.
+        """
         path = self._journal / f"{held.token.hex()}.json"
         temporary = path.with_suffix(".tmp")
         with temporary.open("wb") as f:
@@ -224,12 +239,25 @@ class Spool:
         reach(f"journal.{held.stage}")
         temporary.replace(path)
         sync(self._journal)
+        self._held[held.token] = held
+        if held.stage is Stage.FETCHED:
+            self._drop_checkpoints(waits=CHECKPOINT_WAITS)
+        else:
+            self._drop_checkpoint(held)
 
-    def drop(self, token: bytes) -> None:
-        """Forget a task and delete its files."""
+    def drop(self, token: bytes, *, keep_checkpoint: bool = False) -> None:
+        """Forget a task and delete its files.
+
+        Args:
+            token: the task's.
+            keep_checkpoint: the server may give the same work again, under another token.
+        """
         (self._journal / f"{token.hex()}.json").unlink(missing_ok=True)
         reach("task.dropped")
         shutil.rmtree(self._tasks / token.hex(), ignore_errors=True)
+        held = self._held.pop(token, None)
+        if held and not keep_checkpoint:
+            self._drop_checkpoint(held)
 
     def keep_files(self, token: bytes) -> None:
         """Make what the directories of a task hold survive a power loss."""
@@ -246,6 +274,24 @@ class Spool:
     def update_dir(self, token: bytes) -> Path:
         """Where the trainer writes the update of a task."""
         return self._tasks / token.hex() / "update"
+
+    def checkpoint_dir(self, order: Order) -> Path:
+        """Where the trainer keeps the checkpoint of a training task, and finds that of an earlier attempt."""
+        return self._checkpoints / order.checkpoint
+
+    def _needed_checkpoints(self) -> set[str]:
+        return {h.order.checkpoint for h in self._held.values() if h.stage is Stage.FETCHED and h.order.update}
+
+    def _drop_checkpoint(self, held: Held) -> None:
+        if held.order.update and held.order.checkpoint not in self._needed_checkpoints():
+            shutil.rmtree(self._checkpoints / held.order.checkpoint, ignore_errors=True)
+
+    def _drop_checkpoints(self, waits: float) -> None:
+        """Delete what no held task goes on from, and what is older than an attempt may be waited for."""
+        needed, oldest = self._needed_checkpoints(), time.time() - waits
+        for directory in self._checkpoints.iterdir():
+            if directory.name not in needed and directory.stat().st_mtime <= oldest:
+                shutil.rmtree(directory, ignore_errors=True)
 
 
 class BlobCache:

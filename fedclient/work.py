@@ -196,12 +196,12 @@ class Work:
         """
         self._log.error("gave the task up", reason=failure.reason, error=failure.message)
         await self._tools.session.fail(self.held.token, failure)
-        await self.forget()
+        await self.forget(keep_checkpoint=failure.retryable)
 
-    async def forget(self) -> None:
-        """Delete everything kept of the task."""
+    async def forget(self, *, keep_checkpoint: bool = False) -> None:
+        """Delete everything kept of the task; another attempt may go on from its checkpoint."""
         try:
-            await self._tools.on_disk(self._tools.spool.drop, self.held.token)
+            await self._tools.on_disk(partial(self._tools.spool.drop, self.held.token, keep_checkpoint=keep_checkpoint))
             await self._tools.transfer.let_go(self.held.token)
         except OSError as e:
             if e.errno not in DISK_REFUSES:
@@ -288,6 +288,8 @@ class Work:
             out_dir=update_dir,
             write=Write.GRADIENT if order.update is Kind.GRADIENT else Write.DELTA,
             update_dtype=order.update_dtype or "F32",
+            checkpoint_dir=tools.spool.checkpoint_dir(order) if order.update is Kind.DELTA else None,
+            checkpoint_every=self._terms.settings.checkpoint_every,
         )
         began = time.monotonic()
         self._trainer = await get_trainer()
@@ -342,6 +344,8 @@ class Work:
         )
 
     def _note_progress(self, progress: Progress) -> None:
+        if progress.note:
+            self._log.info(progress.note, step=progress.step)
         self.status.advance(progress.step, progress.total)
         if self._terms:
             for name, value in self._terms.let_out(progress.metrics).items():

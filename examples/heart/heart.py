@@ -15,6 +15,7 @@ site.toml names the data, as `data.py` prepares it:
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -55,12 +56,10 @@ class HeartDisease(Workload):
         rate = ctx.settings.learning_rate
         # torch.optim imports torch's compiler, which takes longer than all the steps here; only Adam is worth it.
         adam = torch.optim.Adam(model.parameters(), lr=rate) if ctx.settings.optimizer == "adam" else None
-        generator = ctx.generator()
-        left = torch.empty(0, dtype=torch.int64)
-        for _ in ctx.steps(ctx.settings.steps):
-            if not len(left):
-                left = torch.randperm(len(labels), generator=generator)
-            batch, left = left[: ctx.settings.batch_size], left[ctx.settings.batch_size :]
+        if adam:
+            ctx.keep(optimizer=adam)
+        order = Shuffled(len(labels), ctx.settings.batch_size, ctx.generator())
+        for batch in ctx.batches(order, steps=ctx.settings.steps):
             model.zero_grad()
             loss = loss_of(model, features[batch].to(ctx.device), labels[batch].to(ctx.device))
             loss.backward()
@@ -107,6 +106,19 @@ class HeartDisease(Workload):
         named = self.site.data.get(key)
         files = [self.site.path(key)] if not isinstance(named, list) else [self.site.directory / n for n in named]
         return np.concatenate([read_rows(path) for path in files])
+
+
+class Shuffled:
+    """The numbers of all rows in batches, in another order each time."""
+
+    def __init__(self, rows: int, batch_size: int, generator: torch.Generator) -> None:
+        self.rows = rows
+        self.batch_size = batch_size
+        self.generator = generator
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        """One epoch."""
+        return iter(torch.randperm(self.rows, generator=self.generator).split(self.batch_size))
 
 
 def read_rows(path: Path) -> Any:

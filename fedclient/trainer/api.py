@@ -6,14 +6,17 @@ import hashlib
 import math
 import operator
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from fedclient.trainer.checkpoint import Checkpoints
+from fedclient.trainer.course import Course, Loop
 from fedclient.trainer.wire import JobKind, Progress
+from fedlink.failpoints import reach
 
 if TYPE_CHECKING:
     import torch
@@ -150,21 +153,73 @@ class Context:
         self._step = 0
         self._total = 0
         self._metrics: dict[str, Any] = {}
+        self._course = Course(self)
+        self._resumed_at: int | None = None
+        self._began = time.monotonic()
+        self.earlier_seconds = 0.0
+        """Seconds that the training had taken when the checkpoint was taken that it goes on from."""
 
     def steps(self, n: int) -> Iterator[int]:
         """Yield 0, 1, ..., n - 1: loop over it, one optimizer step (or one batch) in each pass.
 
         It counts, reports how far the job is, and ends the job when it was cancelled. A pass that lasts longer than
-        the site's `stall_after` counts as a hang. May be used several times in a job.
+        the site's `stall_after` counts as a hang. May be used several times in a job. A training that was interrupted
+        goes on from its last checkpoint here: see `keep`.
         """
         # Each loop by itself: one that came to nothing would leave names unset that the code after it uses.
         n = min(n, self._max_steps) if self._max_steps else n
-        self._total += n
-        for i in range(n):
-            self.alive()
-            yield i
-            self._step += 1
+        with self._course.loop("steps", n) as loop:
+            if loop is None:
+                return
+            self._total += n
+            self._course.begin_steps(loop)
+            for i in range(loop.step, n):
+                loop.step = i
+                self._turn(loop)
+                reach("trainer.step")
+                yield i
+                self._step += 1
         self.alive()
+
+    def batches(self, data: Iterable[Any], *, epochs: int = 1, steps: int | None = None) -> Iterator[Any]:
+        """Yield the batches of `data`, each of them a step as in `steps`: so many epochs, or so many steps.
+
+        An interrupted training goes on with the same remaining batches: the epoch is begun again under the random
+        state it began with, and what was used already is passed over.
+
+        Args:
+            data: a torch `DataLoader`, or anything that can be iterated over once an epoch.
+            epochs: how often to go through it.
+            steps: how many batches to take in all, instead of `epochs`; begins anew as often as needed.
+
+        Raises:
+            ValueError: there are no batches to take steps with.
+        """
+        length = len(data) if isinstance(data, Sized) else None
+        size = steps if steps is not None else None if length is None else epochs * length
+        limit = min((n for n in (steps, self._max_steps or None) if n is not None), default=None)
+        with self._course.loop("batches", size) as loop:
+            if loop is None:
+                return
+            self._total += size or 0
+            for batch in self._epochs(loop, data, None if steps is not None else epochs, limit):
+                reach("trainer.step")
+                yield batch
+                self._step += 1
+        self.alive()
+
+    def keep(self, **things: Any) -> None:
+        """Name what checkpoints hold besides the model: call it before the loop over `steps` or `batches`.
+
+        `ctx.keep(optimizer=optimizer, scheduler=scheduler, average=average)` takes what has `state_dict` and
+        `load_state_dict`, generators of torch, numpy and Python, and tensors, arrays, dicts and lists, which are
+        restored in place. What `rng` and `generator` hand out, and the global generators, are held anyway.
+
+        Raises:
+            TypeError: a thing cannot be kept, or there is something in its state that is no plain data.
+        """
+        for name, thing in things.items():
+            self._course.keep(name, thing)
 
     def log(self, **metrics: Any) -> None:
         """Keep the last value of each metric: numbers, or tensors of one element, which are read only when reported.
@@ -179,13 +234,17 @@ class Context:
 
     def rng(self, stream: int = 0) -> np.random.Generator:
         """A numpy generator of this job's own; each `stream` draws differently."""
-        return np.random.default_rng([self.seed, stream])
+        rng = self._fresh_rng(stream)
+        self._course.handed_out(rng)
+        return rng
 
     def generator(self, stream: int = 0) -> torch.Generator:
         """A torch generator (on the CPU) of this job's own; each `stream` draws differently."""
         import torch  # noqa: PLC0415 - only where the workload has brought it
 
-        return torch.Generator().manual_seed(int(self.rng(stream).integers(1 << 63)))
+        generator = torch.Generator().manual_seed(int(self._fresh_rng(stream).integers(1 << 63)))
+        self._course.handed_out(generator)
+        return generator
 
     @property
     def step(self) -> int:
@@ -211,6 +270,43 @@ class Context:
             self._reported = now
             self._report(Progress(self._step, self._total, self.metrics))
 
+    @property
+    def resuming(self) -> bool:
+        """Whether the job is on its way to where its checkpoint was taken."""
+        return self._course.resuming
+
+    @property
+    def unproven(self) -> bool:
+        """Whether no step has been finished since a checkpoint was gone on from: what fails may be its fault."""
+        return self.resuming or self._step == self._resumed_at
+
+    def note(self, text: str) -> None:
+        """Tell the site's owner something, in the daemon's log."""
+        self._report(Progress(self._step, self._total, note=text))
+
+    def use_checkpoints(self, checkpoints: Checkpoints) -> None:
+        """Go on from the checkpoint that is there, if there is one, and write others; the training begins now."""
+        self._course = Course(self, checkpoints)
+        self._began = time.monotonic()
+
+    def take_counts(self) -> dict[str, Any]:
+        """What a checkpoint holds of this object."""
+        return {
+            "step": self._step,
+            "total": self._total,
+            "metrics": {name: float(value) for name, value in self._metrics.items()},
+            "examples": self.num_examples,
+            "seconds": self.earlier_seconds + time.monotonic() - self._began,
+        }
+
+    def give_counts(self, counts: Mapping[str, Any]) -> None:
+        """Go on from what `take_counts` gave."""
+        self._step, self._total, self._metrics = counts["step"], counts["total"], dict(counts["metrics"])
+        self.num_examples = counts["examples"]
+        self.earlier_seconds = counts["seconds"]
+        self._resumed_at = self._step
+        self.note("resumed from a local checkpoint")
+
     def counted(self) -> int:
         """`num_examples`, checked.
 
@@ -223,6 +319,28 @@ class Context:
         if not 0 <= count <= 1 << 53:
             raise ValueError(f"ctx.num_examples is {count}: not a count")
         return count
+
+    def _turn(self, loop: Loop) -> None:
+        self.alive()
+        self._course.turn(loop)
+
+    def _epochs(self, loop: Loop, data: Iterable[Any], epochs: int | None, limit: int | None) -> Iterator[Any]:
+        while (epochs is None or loop.epoch < epochs) and (limit is None or loop.step < limit):
+            batches = self._course.begin_epoch(loop, data)
+            while limit is None or loop.step < limit:
+                self._turn(loop)
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    break
+                yield batch
+                loop.step, loop.batch = loop.step + 1, loop.batch + 1
+            if epochs is None and not loop.batch:
+                raise ValueError("ctx.batches was given no batches to take steps with")
+            loop.epoch, loop.batch = loop.epoch + 1, 0
+
+    def _fresh_rng(self, stream: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, stream])
 
 
 def derive_seed(seed: int, client: str, round_: int, kind: JobKind = JobKind.TRAIN) -> int:

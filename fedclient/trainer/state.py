@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
@@ -79,6 +80,22 @@ class State(Protocol):
         """Holds while the model is measured."""
         ...
 
+    def parts(self) -> Mapping[str, Any]:
+        """What a checkpoint must hold of the model, by a name of its own: live values, no copies; nothing frozen.
+
+        Raises:
+            ModelMismatchError: something in it cannot be held.
+        """
+        ...
+
+    def restore(self, parts: Mapping[str, Any]) -> None:
+        """Bring back what `parts` gave, one at a time.
+
+        Raises:
+            ValueError, KeyError: it is not this model's.
+        """
+        ...
+
 
 def state_of(model: object) -> State:
     """The tensors of what `build_model` returned.
@@ -108,6 +125,17 @@ def check_gradient(spec: TensorSpec, shape: Sequence[int]) -> None:
         raise ModelMismatchError(f"the gradient of {spec.name!r} has the shape {list(shape)}, not {list(spec.shape)}")
 
 
+def copy_array(target: npt.NDArray[Any], value: npt.NDArray[Any]) -> None:
+    """Give an array another's value, in place.
+
+    Raises:
+        ValueError: they differ in dtype or shape.
+    """
+    if (value.dtype, value.shape) != (target.dtype, target.shape):
+        raise ValueError(f"it was {value.dtype} {value.shape}, it is {target.dtype} {target.shape}")
+    np.copyto(target, value)
+
+
 def to_bfloat16(values: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:
     """The bits of float32 values rounded to bfloat16 (to nearest, ties to even), by numpy alone."""
     bits = values.view(np.uint32)
@@ -123,6 +151,8 @@ class NumpyState:
 
     def __init__(self, arrays: dict[str, Any]) -> None:
         self._arrays = arrays
+        self._frozen: Collection[str] = ()
+        self._loaded: dict[str, Callable[[], object]] = {}
 
     def specs(self) -> tuple[list[TensorSpec], dict[str, str]]:
         """See `State`."""
@@ -138,14 +168,16 @@ class NumpyState:
             specs.append(TensorSpec(name, dtype, array.shape, role))
         return specs, aliases
 
-    def begin(self, *, training: bool, device: str, frozen: Collection[str]) -> None:
+    def begin(self, *, training: bool, device: str, frozen: Collection[str]) -> None:  # noqa: ARG002 - torch's alone
         """Nothing to undo: `assign` replaces every array."""
+        self._frozen = frozen
 
     def assign(self, spec: TensorSpec, names: Sequence[str], raw: npt.NDArray[Any]) -> None:
         """See `State`."""
         array = raw.view(arithmetic_dtype(spec.dtype)).reshape(spec.shape)
         for name in names:
             self._arrays[name] = array
+            self._loaded[name] = weakref.ref(array)
 
     def marks(self, names: Sequence[str]) -> object:  # noqa: ARG002 - numpy counts no writes
         """See `State`: numpy cannot know."""
@@ -174,6 +206,36 @@ class NumpyState:
     def evaluating(self) -> AbstractContextManager[object]:
         """See `State`."""
         return nullcontext()
+
+    def parts(self) -> dict[str, Any]:
+        """See `State`: every array, which of them are one, and which of them training has put in place of another."""
+        seen = {id(self._arrays.get(name)): "" for name in self._frozen}
+        parts, same, replaced = dict[str, Any](), dict[str, str](), list[str]()
+        for name, array in self._arrays.items():
+            first = seen.setdefault(id(array), name)
+            if first not in ("", name):
+                same[name] = first
+            elif first:
+                parts[f"arrays/{name}"] = array
+            if name not in self._loaded or self._loaded[name]() is not array:
+                replaced.append(name)
+        return parts | {"same": same, "replaced": replaced}
+
+    def restore(self, parts: Mapping[str, Any]) -> None:
+        """See `State`.
+
+        An array that training changed in place is changed in place; for one that it replaced another is put.
+        Either way what the user's code holds besides is as it was.
+        """
+        replaced = set(parts["replaced"])
+        for part in parts:
+            kind, _, name = part.partition("/")
+            if kind == "arrays" and name in replaced:
+                self._arrays[name] = parts[part]
+            elif kind == "arrays":
+                copy_array(self._arrays[name], parts[part])
+        for name, first in parts["same"].items():
+            self._arrays[name] = self._arrays[first]
 
     def _current(self, spec: TensorSpec) -> npt.NDArray[Any]:
         value = np.asarray(self._arrays.get(spec.name))

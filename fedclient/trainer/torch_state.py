@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedclient.trainer.nested import CannotHoldError, Leaf, Source
 from fedclient.trainer.state import WINDOW, ModelMismatchError, Start, check_gradient
 from fedclient.trainer.wire import Write
 from fedlink.tensors import DTYPES, Role, TensorSpec, windows
@@ -45,6 +47,7 @@ class TorchState:
         self._trainable = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
         kept = self._tensors()
         self._unkept = {name: b.clone() for name, b in model.named_buffers() if name not in kept}
+        self._frozen: Collection[str] = ()
 
     def specs(self) -> tuple[list[TensorSpec], dict[str, str]]:
         """See `State`."""
@@ -69,6 +72,7 @@ class TorchState:
 
     def begin(self, *, training: bool, device: str, frozen: Collection[str]) -> None:
         """See `State`."""
+        self._frozen = frozen
         self._model.to(device)
         self._model.train(training)
         self._model.zero_grad(set_to_none=True)
@@ -118,6 +122,40 @@ class TorchState:
     def evaluating(self) -> AbstractContextManager[object]:
         """See `State`: no gradients are tracked."""
         return torch.no_grad()
+
+    def parts(self) -> dict[str, Any]:
+        """See `State`: tensors, gradients, other buffers, what is trainable and what is in training mode."""
+        tensors = self._tensors()
+        seen = {_identity(tensors[name]) for name in self._frozen if name in tensors}
+        parts: dict[str, Any] = {}
+        for name, tensor in tensors.items():
+            if _identity(tensor) not in seen:
+                seen.add(_identity(tensor))
+                parts[f"tensors/{name}"] = tensor
+        buffers = dict(self._model.named_buffers())
+        parts |= {f"buffers/{name}": buffers[name] for name in self._unkept if name in buffers}
+        parameters = dict(self._model.named_parameters())
+        parts |= {f"gradients/{name}": p.grad for name, p in parameters.items() if p.grad is not None}
+        parts["trainable"] = [name for name, p in parameters.items() if p.requires_grad]
+        parts["training"] = [name for name, module in self._model.named_modules() if module.training]
+        return parts
+
+    def restore(self, parts: Mapping[str, Any]) -> None:
+        """See `State`."""
+        named = self._tensors()
+        buffers, parameters = dict(self._model.named_buffers()), dict(self._model.named_parameters())
+        self._model.zero_grad(set_to_none=True)
+        for part in parts:
+            kind, _, name = part.partition("/")
+            if kind in ("tensors", "buffers"):
+                copy_tensor((named if kind == "tensors" else buffers)[name], parts[part])
+            elif kind == "gradients":
+                parameters[name].grad = parts[part].to(parameters[name].device)
+        trainable, training = set(parts["trainable"]), set(parts["training"])
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name in trainable)
+        for name, module in self._model.named_modules():
+            module.training = name in training
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         tensors = self._model.state_dict(keep_vars=True)
@@ -169,3 +207,110 @@ def _encode(part: torch.Tensor) -> memoryview:
         part = part.clone(memory_format=torch.contiguous_format)
     array: npt.NDArray[Any] = part.view(torch.uint8).numpy()
     return array.data
+
+
+@dataclass(frozen=True)
+class TensorLeaf:
+    """A tensor on its way into a checkpoint: `flat` is its elements in the order in which they lie in memory."""
+
+    flat: torch.Tensor
+    dtype: str
+    shape: tuple[int, ...]
+
+    def views(self) -> Iterator[memoryview]:
+        """See `nested.Leaf`."""
+        for first, count in windows(self.flat.numel(), WINDOW):
+            yield _encode(self.flat[first : first + count].to("cpu"))
+
+
+def flatten_torch(value: Any, where: str, leaves: list[Leaf]) -> Any:
+    """The node of a tensor, for `nested.flatten`.
+
+    Raises:
+        CannotHoldError: no plain dense tensor, or of a dtype that safetensors cannot hold.
+    """
+    if isinstance(value, torch.Size):
+        return {"size": list(value)}
+    tensor = value.detach().resolve_conj().resolve_neg()
+    plain = type(value) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided and not tensor.is_meta
+    if not plain or tensor.dtype not in _NAMES:
+        kind = type(value).__name__ if type(value) is not torch.Tensor else f"{tensor.layout} {tensor.dtype} tensor"
+        raise CannotHoldError(f"{where} is a {kind}, which a checkpoint cannot hold")
+    shape = tuple(tensor.shape)
+    node: dict[str, Any] = {"tensor": len(leaves), "accelerator": tensor.device.type != "cpu"}
+    if not tensor.is_contiguous() and _is_dense(tensor):
+        # Kernels differ by layout to the last bit, so it is kept; and without a copy in between.
+        node |= {"shape": list(shape), "strides": list(tensor.stride())}
+        shape = (tensor.numel(),)
+        tensor = tensor.as_strided(shape, (1,))
+    leaves.append(TensorLeaf(tensor.reshape(-1), _NAMES[tensor.dtype], shape))
+    return node
+
+
+def rebuild_torch(node: Mapping[str, Any], source: Source) -> Any:
+    """What `flatten_torch` took apart."""
+    if "size" in node:
+        return torch.Size(node["size"])
+    number = node["tensor"]
+    dtype, shape = source.leaf(number)
+    # torch's own memory: it is aligned as that of any other tensor.
+    tensor = torch.empty(shape, dtype=TORCH_DTYPES[dtype])
+    if tensor.numel():
+        array: npt.NDArray[Any] = tensor.reshape(-1).view(torch.uint8).numpy()
+        source.fill(number, array.data)
+    if "strides" in node:
+        tensor = tensor.as_strided(node["shape"], node["strides"])
+    return tensor.to(source.device) if node["accelerator"] else tensor
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Give an optimizer its state, each tensor in the dtype it had: torch's own method casts it to the parameter's."""
+    optimizer.load_state_dict(state)
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=True):
+        held = optimizer.state.get(parameter, {})
+        for key, value in state["state"].get(number, {}).items():
+            if isinstance(value, torch.Tensor) and held[key].dtype != value.dtype:
+                held[key] = value
+
+
+def copy_tensor(target: torch.Tensor, value: torch.Tensor) -> None:
+    """Give a tensor another's value, in place.
+
+    Raises:
+        ValueError: they differ in dtype or shape.
+    """
+    if (value.dtype, value.shape) != (target.dtype, target.shape):
+        raise ValueError(f"it was {value.dtype} {list(value.shape)}, it is {target.dtype} {list(target.shape)}")
+    with torch.no_grad():
+        target.copy_(value)
+
+
+def take_torch_random(device: str) -> dict[str, torch.Tensor]:
+    """The states of torch's generators: the CPU's, and the job's accelerator's."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.startswith("cuda"):
+        state["accelerator"] = torch.cuda.get_rng_state(device)
+    if device == "mps":
+        state["accelerator"] = torch.mps.get_rng_state()
+    return state
+
+
+def give_torch_random(state: Mapping[str, torch.Tensor], device: str) -> None:
+    """Set torch's generators to states that `take_torch_random` gave."""
+    torch.set_rng_state(state["cpu"])
+    if "accelerator" in state and device.startswith("cuda"):
+        torch.cuda.set_rng_state(state["accelerator"], device)
+    if "accelerator" in state and device == "mps":
+        torch.mps.set_rng_state(state["accelerator"])
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether every place between its first and its last element in memory is one element of it."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return tensor.numel() > 0

@@ -9,7 +9,7 @@ Newline-delimited JSON over a socket pair, one object a line. The daemon sends, 
 and the trainer answers
 
     {"type": "ready", ...Description}
-    {"type": "progress", "step", "total", "metrics", "memory_bytes"}
+    {"type": "progress", ...Progress}
     {"type": "done", ...Result}
     {"type": "failed", ...Failure}
 
@@ -144,12 +144,16 @@ class Job(_Message):
     """safetensors name of the dtype for deltas and gradients; F64 parameters travel as F64."""
     max_steps: int = 0
     """How many passes each loop over `Context.steps` makes at most: for a rehearsal, not for training. 0: no limit."""
+    checkpoint_dir: Path | None = None
+    """Where a training that writes no gradient keeps its checkpoint, and finds the one to go on from."""
+    checkpoint_every: float = 0.0
+    """Seconds between two checkpoints; 0: none is written, and none is looked for."""
 
     def __post_init__(self) -> None:
         """Rebuild the typed values that JSON has no room for."""
         object.__setattr__(self, "kind", JobKind(self.kind))
         object.__setattr__(self, "write", Write(self.write))
-        for name in ("model_dir", "out_dir"):
+        for name in ("model_dir", "out_dir", "checkpoint_dir"):
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else Path(value))
 
@@ -165,6 +169,8 @@ class Progress(_Message):
     """The last value of each metric logged so far."""
     memory_bytes: int = 0
     """Peak resident memory of the process."""
+    note: str = ""
+    """Something for the daemon's log: where the job went on from, why it writes no checkpoint."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import json
 import os
 import random
 import sys
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from fedclient.trainer.api import CancelledJob, Context, Site, Workload, derive_seed
+from fedclient.trainer.checkpoint import Checkpoints, CheckpointUnusable
 from fedclient.trainer.files import Loader, ModelDirectory, write_model, write_update
 from fedclient.trainer.memory import is_out_of_memory, peak_device_memory, peak_memory
 from fedclient.trainer.pipe import Pipe
@@ -43,6 +45,7 @@ from fedclient.trainer.wire import (
     Write,
 )
 from fedlink import failpoints
+from fedlink.failpoints import reach
 
 _MAX_TEXT = 4000
 
@@ -59,32 +62,45 @@ class Worker:
 
     def __init__(self, start: Start, pipe: Pipe) -> None:
         self._pipe = pipe
-        self._wanted_device = start.device
+        self._start = start
         self._class = find_class(start.trainer, Path(start.directory))
         self._schema = settings_schema(self._class.Settings)
         self._workload = self._class(Site(start.site, Path(start.directory), start.data))
         self._context = Context(settings=None)
+        self._checkpoints: Checkpoints | None = None
         self._model: tuple[int, Any, State, Loader] | None = None
 
     def description(self) -> Description:
         """What the class offers."""
-        return Description(self._schema, abilities(self._class), _devices(self._wanted_device))
+        return Description(self._schema, abilities(self._class), _devices(self._start.device))
 
     def run(self, job: Job) -> Result | Failure:
         """Do one job; whatever the user's code raises becomes a Failure."""
         try:
-            return self._run(job)
+            return self._begin(job)
         except CancelledJob:
             failure = Failure(FailReason.CANCELLED, step=self._context.step)
         except BaseException as error:  # noqa: BLE001 - sys.exit() in user code is a failure like any other
             traceback.print_exc()
             failure = failure_of(error, self._context.step)
         # What failed half-way may be in any state: the next job builds anew.
+        self._close_checkpoints()
         self._drop_model()
         return replace(failure, memory_bytes=peak_memory())
 
-    def _run(self, job: Job) -> Result:
+    def _begin(self, job: Job) -> Result:
+        try:
+            return self._run(job)
+        except CheckpointUnusable as e:
+            assert self._checkpoints is not None
+            self._checkpoints.put_aside(str(e))
+        # Half of what was to be brought back may have been.
+        self._drop_model()
+        return self._run(job, resume=False)
+
+    def _run(self, job: Job, *, resume: bool = True) -> Result:
         self._context = Context(settings=None)
+        self._close_checkpoints()
         if job.kind is JobKind.INIT:
             return self._init(job)
         if job.model_dir is None:
@@ -96,10 +112,15 @@ class Worker:
         frozen = {s.name for s in directory.specs.values() if s.role.value == "frozen"}
         state.begin(training=job.kind is JobKind.TRAIN, device=ctx.device, frozen=frozen)
         loader.load(directory, job.model_key, ctx.alive)
+        if job.checkpoint_dir and job.checkpoint_every and _ability(job) == "train":
+            self._checkpoints = self._new_checkpoints(job, job.checkpoint_dir, state)
+            if resume:
+                self._checkpoints.look()
+            ctx.use_checkpoints(self._checkpoints)
         seed_everything(ctx.seed)
         began = time.monotonic()
         gradient = self._compute(job, model, state, loader)
-        seconds = time.monotonic() - began
+        seconds = time.monotonic() - began + ctx.earlier_seconds
         examples, files = ctx.counted(), tuple[Path, ...]()
         if job.kind is JobKind.TRAIN:
             files = write_update(
@@ -111,11 +132,12 @@ class Worker:
                 gradient=gradient,
                 alive=ctx.alive,
             )
+            reach("trainer.update")
         return Result(examples, ctx.step, ctx.metrics, seconds, files, peak_memory(), peak_device_memory())
 
     def _compute(self, job: Job, model: Any, state: State, loader: Loader) -> Any:
         ctx = self._context
-        ability = "evaluate" if job.kind is JobKind.EVALUATE else "gradient" if job.write is Write.GRADIENT else "train"
+        ability = _ability(job)
         if ability not in abilities(self._class):
             raise WorkloadError(f"{self._class.__name__} has no method {ability!r}")
         if ability == "evaluate":
@@ -125,8 +147,40 @@ class Worker:
         loader.forget()
         if ability == "gradient":
             return self._workload.gradient(model, ctx)
-        self._workload.train(model, ctx)
+        try:
+            self._workload.train(model, ctx)
+        except Exception as error:
+            if ctx.unproven and not is_out_of_memory(error):
+                raise CheckpointUnusable(f"going on from it ended in {type(error).__name__}") from error
+            raise
+        if ctx.resuming:
+            raise CheckpointUnusable("the training ended before it came to it")
         return None
+
+    def _new_checkpoints(self, job: Job, directory: Path, state: State) -> Checkpoints:
+        """Checkpoints that are good for nothing but this very job, on this data, by this code's versions."""
+        table = job.to_json()
+        own = ("settings", "seed", "client", "run", "round", "version", "model_key", "max_steps")
+        versions = {name: sys.modules[name].__version__ for name in ("numpy", "torch") if name in sys.modules}
+        owner = {name: table[name] for name in own} | self._start.to_json() | {"device": "", "versions": versions}
+        return Checkpoints(
+            directory,
+            owner=json.dumps(owner, sort_keys=True),
+            every=job.checkpoint_every,
+            state=state,
+            device=self._context.device,
+            alive=self._context.alive,
+            say=self._say,
+        )
+
+    def _say(self, text: str) -> None:
+        print(f"fedclient: {text}", file=sys.stderr, flush=True)  # noqa: T201 - the site's log of this process
+        self._context.note(text)
+
+    def _close_checkpoints(self) -> None:
+        if self._checkpoints is not None:
+            self._checkpoints.close()
+            self._checkpoints = None
 
     def _init(self, job: Job) -> Result:
         path = _out_dir(job) / "model.safetensors"
@@ -154,7 +208,7 @@ class Worker:
     def _new_context(self, job: Job) -> Context:
         return Context(
             settings=parse_settings(self._class.Settings, job.settings),
-            device=_resolve(self._wanted_device),
+            device=_resolve(self._start.device),
             seed=derive_seed(job.seed, job.client, job.round, job.kind),
             client=job.client,
             run=job.run,
@@ -214,6 +268,12 @@ def failure_of(error: BaseException, step: int) -> Failure:
     """What is reported of an exception."""
     reason = FailReason.OUT_OF_MEMORY if is_out_of_memory(error) else FailReason.EXCEPTION
     return Failure(reason, type(error).__name__, step, peak_memory(), str(error)[:_MAX_TEXT])
+
+
+def _ability(job: Job) -> str:
+    if job.kind is JobKind.EVALUATE:
+        return "evaluate"
+    return "gradient" if job.write is Write.GRADIENT else "train"
 
 
 def _out_dir(job: Job) -> Path:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
-import numpy as np
 import pytest
 
 from fedclient.agent import Agent
@@ -17,7 +15,7 @@ from fedlink.errors import FedlinkError, Reason
 from fedlink.v1 import coordination_service_pb2 as pb
 from fedlink.v1 import types_pb2 as types_pb
 from tests.support.fake_server import FakeServer
-from tests.support.site import Site, add_model, evaluate_task, train_task
+from tests.support.site import Site, add_model, evaluate_task, journal, killed, running, train_task, values
 
 
 @pytest.fixture
@@ -29,44 +27,6 @@ async def server() -> AsyncIterator[FakeServer]:
 @pytest.fixture
 def site(tmp_path: Path, server: FakeServer) -> Site:
     return Site(tmp_path / "site", server.address)
-
-
-@contextlib.asynccontextmanager
-async def running(site: Site) -> AsyncIterator[Agent]:
-    """A daemon; at the end it is drained and must have ended well."""
-    agent = Agent(site.settings)
-    task = asyncio.create_task(agent.run())
-    try:
-        yield agent
-        agent.drain()
-        await asyncio.wait_for(task, 20)
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-
-@contextlib.asynccontextmanager
-async def killed(site: Site) -> AsyncIterator[None]:
-    """A daemon that is torn down without notice at the end, its state directory as it is."""
-    task = asyncio.create_task(Agent(site.settings).run())
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-
-def values(server: FakeServer, request: pb.CompleteTaskRequest) -> dict[str, list[float]]:
-    manifest, files = server.update_of(request)
-    out = {}
-    for entry in manifest.tensors:
-        data = np.frombuffer(files[entry.file], np.float32, entry.spec.elements, entry.stored.offset)
-        out[entry.spec.name] = data.tolist()
-    return out
-
-
-def journal(site: Site) -> list[dict]:
-    return [json.loads(p.read_text()) for p in (site.directory / "fedclient-state" / "journal").glob("*.json")]
 
 
 def task_dirs(site: Site) -> list[str]:

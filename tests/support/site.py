@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fedclient.agent import Agent
 from fedclient.settings import SiteSettings, load_site
 from fedlink.tensors import Kind
 from fedlink.v1 import coordination_service_pb2 as pb
@@ -57,7 +61,21 @@ size = {size}
     @property
     def trained(self) -> list[str]:
         """One line for each training begun."""
-        path = self.control / "trained"
+        return self._lines("trained")
+
+    @property
+    def steps(self) -> list[int]:
+        """Every step taken, by its number in its training."""
+        return [int(line) for line in self._lines("steps")]
+
+    @property
+    def checkpoints(self) -> list[str]:
+        """What there is of checkpoints."""
+        directory = self.directory / "fedclient-state" / "checkpoints"
+        return sorted(str(path.relative_to(directory)) for path in directory.glob("*/*"))
+
+    def _lines(self, name: str) -> list[str]:
+        path = self.control / name
         return path.read_text().splitlines() if path.exists() else []
 
 
@@ -91,3 +109,41 @@ def evaluate_task(model: types_pb.BlobRef, **fields: Any) -> pb.Task:
 def _common(model: types_pb.BlobRef, fields: Mapping[str, Any]) -> dict[str, Any]:
     common = {"token": os.urandom(16), "run": "r1", "round": 1, "attempt": 1, "workload": "adder", "seed": 1}
     return {**common, "settings_json": "{}", "model": model, **fields}
+
+
+@contextlib.asynccontextmanager
+async def running(site: Site) -> AsyncIterator[Agent]:
+    """A daemon; at the end it is drained and must have ended well."""
+    agent = Agent(site.settings)
+    task = asyncio.create_task(agent.run())
+    try:
+        yield agent
+        agent.drain()
+        await asyncio.wait_for(task, 20)
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+@contextlib.asynccontextmanager
+async def killed(site: Site) -> AsyncIterator[None]:
+    """A daemon that is torn down without notice at the end, its state directory as it is."""
+    task = asyncio.create_task(Agent(site.settings).run())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def values(server: FakeServer, request: pb.CompleteTaskRequest) -> dict[str, list[float]]:
+    manifest, files = server.update_of(request)
+    out = {}
+    for entry in manifest.tensors:
+        data = np.frombuffer(files[entry.file], np.float32, entry.spec.elements, entry.stored.offset)
+        out[entry.spec.name] = data.tolist()
+    return out
+
+
+def journal(site: Site) -> list[dict]:
+    return [json.loads(p.read_text()) for p in (site.directory / "fedclient-state" / "journal").glob("*.json")]

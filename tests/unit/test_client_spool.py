@@ -59,6 +59,74 @@ def test_dropping_twice_is_fine(tmp_path: Path) -> None:
     assert list((tmp_path / "tasks").iterdir()) == []
 
 
+def checkpoints(root: Path) -> list[str]:
+    return sorted(path.name for path in (root / "checkpoints").iterdir())
+
+
+def write_checkpoint(spool: Spool, held: Held) -> None:
+    spool.checkpoint_dir(held.order).mkdir(exist_ok=True)
+    (spool.checkpoint_dir(held.order) / "checkpoint.safetensors").write_text("x")
+
+
+def test_a_checkpoint_belongs_to_the_work_and_not_to_the_token(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    first, second = (Held(order=order(token)) for token in (b"first", b"second"))
+    assert spool.checkpoint_dir(first.order) == spool.checkpoint_dir(second.order)
+    spool.put(first)
+    write_checkpoint(spool, first)
+    spool.drop(b"first", keep_checkpoint=True)
+    assert checkpoints(tmp_path) == ["r1@heart"]
+    spool.put(second)
+    assert checkpoints(tmp_path) == ["r1@heart"]
+    spool.drop(b"first")
+    spool.put(second.trained(OUTCOME))
+    assert checkpoints(tmp_path) == []
+
+
+def test_a_checkpoint_stays_while_a_task_would_go_on_from_it(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    old, new, evaluation = (
+        Held(order=order(b"old")),
+        Held(order=order(b"new")),
+        Held(order=order(b"e", update=None, update_dtype="")),
+    )
+    for held in (old, new, evaluation):
+        spool.put(held)
+    write_checkpoint(spool, new)
+    spool.drop(b"e")
+    spool.drop(b"old")
+    assert checkpoints(tmp_path) == ["r1@heart"]
+    spool.drop(b"new")
+    assert checkpoints(tmp_path) == []
+
+
+def test_at_the_start_only_the_checkpoints_of_held_trainings_stay(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    fetched, trained, gone = (Held(order=order(run.encode(), run=run)) for run in ("fetched", "trained", "gone"))
+    for held in (fetched, trained.trained(OUTCOME), gone):
+        spool.put(held)
+        write_checkpoint(spool, held)
+    spool.drop(b"gone", keep_checkpoint=True)
+    assert checkpoints(tmp_path) == ["fetched@heart", "gone@heart", "trained@heart"]
+    spool.close()
+    again = Spool(tmp_path)
+    again.load()
+    assert checkpoints(tmp_path) == ["fetched@heart"]
+
+
+def test_a_checkpoint_does_not_wait_for_another_attempt_for_ever(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    failed = Held(order=order(b"failed", run="failed"))
+    spool.put(failed)
+    write_checkpoint(spool, failed)
+    spool.drop(b"failed", keep_checkpoint=True)
+    spool.put(Held(order=order(b"other")))
+    assert checkpoints(tmp_path) == ["failed@heart"]
+    os.utime(tmp_path / "checkpoints" / "failed@heart", times=(1e9, 1e9))
+    spool.put(Held(order=order(b"another")))
+    assert checkpoints(tmp_path) == []
+
+
 def test_one_daemon_at_a_time(tmp_path: Path) -> None:
     spool = Spool(tmp_path)
     with pytest.raises(FedlinkError, match="another fedclient"):

@@ -160,9 +160,12 @@ MESSAGES = [
         Path("/o"),
         Write.GRADIENT,
         "BF16",
+        3,
+        Path("/c"),
+        0.5,
     ),
     Job(JobKind.EVALUATE),
-    Progress(1, 2, {"loss": 0.5}, 7),
+    Progress(1, 2, {"loss": 0.5}, 7, "resumed"),
     Result(1, 2, {"loss": 0.5}, 0.25, (Path("/a"), Path("/b"))),
     Failure(FailReason.STALLED, "E", 1, 2, "t"),
 ]
@@ -215,13 +218,16 @@ def test_environment_holds_no_credential_and_one_import_path(tmp_path):
         "FEDLINK_X": "1",
         "fedclient_y": "1",
         "MY_TOKEN": "1",
+        "FEDLINK_FAILPOINTS": "a@1",
+        "FEDLINK_FAILPOINTS_LOG": "/log",
         "PYTHONPATH": "/daemon",
         "PYTHONHOME": "/daemon",
         "CUDA_VISIBLE_DEVICES": "1",
     }
     own = trainer_environment(environ, Path(sys.executable), tmp_path)
     assert own["PYTHONPATH"] == f"{tmp_path}:/daemon"
-    assert own.keys() == {"PATH", "PYTHONPATH", "PYTHONHOME", "CUDA_VISIBLE_DEVICES", "PYTHONUNBUFFERED"}
+    allowed = {"PATH", "PYTHONPATH", "PYTHONHOME", "CUDA_VISIBLE_DEVICES", "PYTHONUNBUFFERED"}
+    assert own.keys() == allowed | {"FEDLINK_FAILPOINTS", "FEDLINK_FAILPOINTS_LOG"}
     foreign = trainer_environment(environ, Path("/other/python"), tmp_path)
     assert foreign["PYTHONPATH"] == str(tmp_path)
     assert "PYTHONHOME" not in foreign

@@ -1,4 +1,7 @@
-"""A numpy workload that a test steers through files: `hold`, `crash`, `raise` in the directory `control`."""
+"""A numpy workload that a test steers through files: `hold`, `crash`, `raise` in the directory `control`.
+
+They are looked at from step `stop_at` on.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ class Adder(Workload):
     class Settings:
         amount: Annotated[float, Bounds(0, 10)] = 1.0
         steps: int = 2
+        stop_at: int = 0
 
     def build_model(self) -> Any:
         size = int(self.site.data.get("size", 4))
@@ -28,10 +32,14 @@ class Adder(Workload):
         control = self.site.path("control")
         with (control / "trained").open("a") as f:
             f.write(f"{ctx.run} {ctx.round} {os.getpid()}\n")
-        for _ in ctx.steps(ctx.settings.steps):
+        for i in ctx.steps(ctx.settings.steps):
+            with (control / "steps").open("a") as f:
+                f.write(f"{i}\n")
             for array in model.values():
                 np.add(array, ctx.settings.amount, out=array)
             ctx.log(loss=0.5, secret=1.0)
+            if i < ctx.settings.stop_at:
+                continue
             while (control / "hold").exists():
                 time.sleep(0.01)
                 ctx.alive()

@@ -1,0 +1,203 @@
+"""A job's checkpoint on disk: one safetensors file, so that an interrupted training goes on inside its round.
+
+    DIRECTORY/checkpoint.safetensors    the last one, put in place of the one before
+    DIRECTORY/checkpoint.part           the next one, being written
+    DIRECTORY/checkpoint.unusable       one that could not be gone on from
+
+Its tensors are the leaves of what is held (`fedclient.trainer.nested`), called PART.LEAF by
+number; `state`, the JSON that says what they are; and `checks`, a CRC-32 of each. No pickle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedclient.trainer.nested import CannotHoldError, Flat, Leaf, flatten
+from fedclient.trainer.saved import WINDOW, Alive, DamagedError, Saved, Section
+from fedclient.trainer.state import ModelMismatchError, State
+from fedlink.failpoints import reach
+from fedlink.tensors import Role, ShardWriter, TensorSpec
+
+NAME = "checkpoint.safetensors"
+"""The file in a job's checkpoint directory."""
+
+
+class CheckpointUnusable(BaseException):
+    """Ends a job that cannot go on from its checkpoint, to be begun anew without; the text says why.
+
+    Not an Exception, so that ordinary handlers let it through.
+    """
+
+
+class Checkpoints:
+    """A job's checkpoints: the one to go on from, and when and how the next one is written.
+
+    Args:
+        directory: where they lie; made when the first is written.
+        owner: what the job is: a checkpoint is good for this very job alone.
+        every: seconds between two.
+        state: the model's tensors.
+        device: the job's.
+        alive: called between windows; raises to stop.
+        say: tells the site's owner what is worth knowing.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        owner: str,
+        every: float,
+        state: State,
+        device: str,
+        alive: Alive = lambda: None,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._directory = directory
+        self._owner = owner
+        self._every = every
+        self._state = state
+        self._alive = alive
+        self._say = say
+        self._said = False
+        self._last = time.monotonic()
+        self.device = device
+        """The job's."""
+        self.saved: Saved | None = None
+        """What the job is to go on from; None once it has, or if there is nothing."""
+
+    def look(self) -> None:
+        """Open the checkpoint that is there; one that is damaged, or another job's, is taken out of the way."""
+        try:
+            saved = Saved(self._directory / NAME, self.device, self._alive)
+        except FileNotFoundError:
+            return
+        except DamagedError as e:
+            self.put_aside(f"the local checkpoint is damaged ({e})")
+            return
+        if saved.owner == self._owner:
+            self.saved = saved
+            return
+        saved.close()
+        self.drop()
+        self._say("training begins at the round's start: the local checkpoint was another job's")
+
+    def due(self) -> bool:
+        """Whether it is time to write one."""
+        return time.monotonic() - self._last >= self._every
+
+    def write(self, parts: Mapping[str, Flat]) -> None:
+        """Write a checkpoint of these parts and of the model; a disk that refuses is told once and does no harm.
+
+        Window by window: nothing of what it holds is copied as a whole.
+        """
+        try:
+            model = {f"model/{name}": flatten(value, f"the model's {name}") for name, value in self._model().items()}
+            _write(self._directory, self._owner, {**parts, **model}, spare=2 * _size(model), alive=self._alive)
+        except OSError as e:
+            self._complain(f"a checkpoint could not be written: {e.strerror}; an interrupted training will lose more")
+        except CannotHoldError as e:
+            self._complain(f"a checkpoint could not be written: {e}")
+        self._last = time.monotonic()
+
+    def restore(self, saved: Saved) -> None:
+        """Bring the model back."""
+        self._state.restore(Section(saved, "model/"))
+        self._last = time.monotonic()
+
+    def close(self) -> None:
+        """Close what the job was to go on from."""
+        if self.saved:
+            self.saved.close()
+            self.saved = None
+
+    def give_up(self, why: str) -> None:
+        """Go on without: what has been written is of no use."""
+        self.drop()
+        self._say(f"there are no local checkpoints of this training: {why}")
+
+    def drop(self) -> None:
+        """Delete the checkpoint that is there."""
+        (self._directory / NAME).unlink(missing_ok=True)
+
+    def put_aside(self, why: str) -> None:
+        """Let nobody go on from the checkpoint that is there; it is kept for who wants to look at it."""
+        self.close()
+        path = self._directory / NAME
+        with contextlib.suppress(OSError):
+            path.replace(path.with_suffix(".unusable"))
+        self._say(f"training begins at the round's start: {why}; it was put aside in {self._directory}")
+
+    def _model(self) -> Mapping[str, Any]:
+        try:
+            return self._state.parts()
+        except ModelMismatchError as e:
+            raise CannotHoldError(str(e)) from None
+
+    def _complain(self, text: str) -> None:
+        if not self._said:
+            self._said = True
+            self._say(text)
+
+
+def _write(directory: Path, owner: str, parts: Mapping[str, Flat], *, spare: int, alive: Alive) -> None:
+    leaves = {f"{i}.{k}": leaf for i, flat in enumerate(parts.values()) for k, leaf in enumerate(flat.leaves)}
+    table = {name: [flat.node, [[leaf.dtype, leaf.shape] for leaf in flat.leaves]] for name, flat in parts.items()}
+    state = json.dumps({"owner": owner, "parts": table}, allow_nan=False).encode()
+    specs = [TensorSpec(name, leaf.dtype, leaf.shape, Role.BUFFER) for name, leaf in leaves.items()]
+    specs.append(TensorSpec("state", "U8", (len(state),), Role.BUFFER))
+    specs.append(TensorSpec("checks", "U32", (len(specs),), Role.BUFFER))
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # What is left must do for the update: a training that would have passed without checkpoints passes with them.
+    if shutil.disk_usage(directory).free < sum(spec.nbytes for spec in specs) + spare:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    path = directory / NAME
+    part = path.with_suffix(".part")
+    try:
+        with ShardWriter(part, specs) as writer:
+            checks = [_write_leaf(writer, name, leaf, alive) for name, leaf in leaves.items()]
+            writer.write("state", state)
+            writer.write("checks", np.array([*checks, zlib.crc32(state)], "<u4").tobytes())
+        _sync(part)
+        reach("checkpoint.written")
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    reach("checkpoint.renamed")
+    _sync(directory)
+
+
+def _write_leaf(writer: ShardWriter, name: str, leaf: Leaf, alive: Alive) -> int:
+    at = check = 0
+    for view in leaf.views():
+        for first in range(0, len(view), WINDOW):
+            alive()
+            part = view[first : first + WINDOW]
+            writer.write(name, part, at)
+            check = zlib.crc32(part, check)
+            at += len(part)
+    return check
+
+
+def _size(parts: Mapping[str, Flat]) -> int:
+    return sum(TensorSpec("", x.dtype, x.shape).nbytes for flat in parts.values() for x in flat.leaves)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

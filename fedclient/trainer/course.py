@@ -1,0 +1,279 @@
+"""Where a training is in its loops, and how it comes back there: the other half of `Context`.
+
+A checkpoint is taken between two steps. It holds, for each loop under way from the outermost
+in, which were begun before it in the same step of the loop around it, and its next step.
+A job that goes on runs the user's code from its start again; loops that were over yield
+nothing, those on the way to the place begin at their step, and where the innermost one
+begins everything is brought back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from fedclient.trainer.checkpoint import Checkpoints, CheckpointUnusable
+from fedclient.trainer.kept import Kept, give_random, kept, take_random
+from fedclient.trainer.memory import is_out_of_memory
+from fedclient.trainer.nested import flatten
+from fedclient.trainer.saved import Saved
+
+_OTHER_LOOPS = "its loops over ctx.steps and ctx.batches are not those of the checkpoint"
+
+
+class Job(Protocol):
+    """What the course asks of the job's context."""
+
+    @property
+    def step(self) -> int:
+        """Steps finished so far."""
+        ...
+
+    def alive(self) -> None:
+        """Say that the job goes on; raises if it shall not."""
+        ...
+
+    def take_counts(self) -> Mapping[str, Any]:
+        """What has been counted and logged."""
+        ...
+
+    def give_counts(self, counts: Mapping[str, Any]) -> None:
+        """Take up what `take_counts` gave."""
+        ...
+
+
+class Loop:
+    """A loop under way; the outermost one stands for the job itself.
+
+    Attributes:
+        before: kind and size of the loops begun before it in the same pass of the loop around it.
+        kind: steps or batches.
+        size: passes it makes, if that is known.
+        step: the pass under way.
+        epoch: for batches: how often the data were gone through.
+        batch: for batches: the batch of this epoch under way.
+    """
+
+    def __init__(self, before: list[Any], kind: str, size: int | None) -> None:
+        self.before = before
+        self.kind = kind
+        self.size = size
+        self.step = self.epoch = self.batch = 0
+        self.begun: list[Any] = []
+        """Kind and size of the loops begun in the pass under way."""
+        self.kept: dict[str, Kept] = {}
+        """What was named to be kept in the pass under way."""
+        self.made: list[Kept] = []
+        """Generators handed out in the pass under way."""
+        self.epoch_random: Any = None
+        """The random state in which the epoch began."""
+        self.resumes = False
+        """Whether everything is to be brought back where it begins."""
+
+    def turn(self) -> None:
+        """Begin a pass: what the last one made is out of reach.
+
+        Raises:
+            RuntimeError: the last pass named something to be kept that cannot be brought back.
+        """
+        if self.kept and not self.begun:
+            names = ", ".join(self.kept)
+            raise RuntimeError(f"ctx.keep({names}=...) was called inside of the loop; call it before the loop begins")
+        self.begun.clear()
+        self.kept.clear()
+        self.made.clear()
+
+    def place(self) -> list[Any]:
+        """Where it is."""
+        return [self.before, self.kind, self.size, self.step, self.epoch, self.batch]
+
+
+class Course:
+    """The loops of one job.
+
+    Args:
+        job: its context.
+        checkpoints: where it is saved and gone on from; None: nowhere.
+    """
+
+    def __init__(self, job: Job, checkpoints: Checkpoints | None = None) -> None:
+        self._job = job
+        self._checkpoints = checkpoints
+        self._loops = [Loop([], "job", None)]
+        saved = checkpoints.saved if checkpoints else None
+        self._ahead: list[list[Any]] = saved.part("places") if saved else []
+
+    @property
+    def resuming(self) -> bool:
+        """Whether the job has not yet come to the place where its checkpoint was taken."""
+        return bool(self._ahead)
+
+    def keep(self, name: str, thing: Any) -> None:
+        """Hold a thing in checkpoints from now on, until the pass of the loop under way is over.
+
+        Raises:
+            TypeError: its state cannot be held.
+        """
+        found = kept(name, thing)
+        flatten(found.take(), _label(name))
+        self._loops[-1].kept[name] = found
+
+    def handed_out(self, generator: Any) -> None:
+        """Hold a generator that the job was given."""
+        if self._checkpoints:
+            self._loops[-1].made.append(kept("generator", generator))
+
+    @contextmanager
+    def loop(self, kind: str, size: int | None) -> Iterator[Loop | None]:
+        """Begin a loop; None if it was over when the checkpoint was taken.
+
+        Raises:
+            CheckpointUnusable: the job has other loops now.
+        """
+        outer = self._loops[-1]
+        loop = Loop(list(outer.begun), kind, size)
+        outer.begun.append([kind, size])
+        if self._ahead:
+            before, *there, loop.step, loop.epoch, loop.batch = self._ahead[len(self._loops) - 1]
+            if [*before, there][: len(outer.begun)] != outer.begun:
+                raise CheckpointUnusable(_OTHER_LOOPS)
+            if len(loop.before) < len(before):
+                yield None
+                return
+            loop.resumes = len(self._loops) == len(self._ahead)
+        self._loops.append(loop)
+        try:
+            yield loop
+        finally:
+            if loop in self._loops:
+                del self._loops[self._loops.index(loop) :]
+
+    def begin_steps(self, loop: Loop) -> None:
+        """Bring everything back, if this is the place."""
+        if loop.resumes:
+            self._restore(loop)
+
+    def begin_epoch(self, loop: Loop, data: Iterable[Any]) -> Iterator[Any]:
+        """Go through the data (again), from where the checkpoint was taken if this is the place.
+
+        Raises:
+            CheckpointUnusable: there are fewer data now.
+        """
+        if not loop.resumes:
+            loop.epoch_random = self._take_random() if self._checkpoints else None
+            return iter(data)
+        # The same draws give the same order again; what has been used already is passed over.
+        assert self._checkpoints is not None
+        assert self._checkpoints.saved is not None
+        loop.epoch_random = self._checkpoints.saved.part("epoch")
+        self._give_random(loop.epoch_random)
+        batches: Iterator[Any] = iter(data)
+        for _ in range(loop.batch):
+            self._job.alive()
+            if next(batches, self) is self:
+                raise CheckpointUnusable("there are fewer batches than there were")
+        loop.made.clear()
+        self._restore(loop)
+        return batches
+
+    def turn(self, loop: Loop) -> None:
+        """Between two steps: write a checkpoint if it is time.
+
+        Raises:
+            CheckpointUnusable: the loop that the checkpoint was taken in has not come.
+            TypeError: something is kept whose state cannot be held any more.
+        """
+        if self._loops[-1] is not loop:
+            self._give_up(loop)
+        if self._ahead and loop.step != self._ahead[self._loops.index(loop) - 1][3]:
+            raise CheckpointUnusable(_OTHER_LOOPS)
+        loop.turn()
+        due = self._checkpoints is not None and not self._ahead and self._checkpoints.due()
+        # Inside a pass over a batch there is no way back to that batch; and at a loop's end there is no next step.
+        if due and self._job.step and loop.step != loop.size and all(o.kind != "batches" for o in self._loops[:-1]):
+            self._save(loop)
+
+    def _save(self, loop: Loop) -> None:
+        parts: dict[str, Any] = {
+            "places": [inner.place() for inner in self._loops[1:]],
+            "counts": self._job.take_counts(),
+            "random": self._take_random(),
+        }
+        if loop.kind == "batches":
+            parts["epoch"] = loop.epoch_random
+        flat = {name: flatten(value, name) for name, value in parts.items()}
+        flat |= {part: flatten(thing.take(), _label(name)) for part, (name, thing) in self._kept().items()}
+        assert self._checkpoints is not None
+        self._checkpoints.write(flat)
+
+    def _restore(self, loop: Loop) -> None:
+        checkpoints = self._checkpoints
+        assert checkpoints is not None
+        assert checkpoints.saved is not None
+        try:
+            self._restore_from(checkpoints.saved, checkpoints)
+        except Exception as e:
+            if is_out_of_memory(e):
+                raise
+            raise CheckpointUnusable(f"it cannot be gone on from: {type(e).__name__}: {e}") from e
+        checkpoints.close()
+        loop.resumes = False
+        self._ahead = []
+
+    def _restore_from(self, saved: Saved, checkpoints: Checkpoints) -> None:
+        things = self._kept()
+        if things.keys() != {name for name in saved.names if name.startswith("kept/")}:
+            raise CheckpointUnusable("ctx.keep was not called with the names of the checkpoint")
+        checkpoints.restore(saved)
+        for part, (name, thing) in things.items():
+            thing.give(saved.part(part))
+            if not saved.is_same(part, flatten(thing.take(), name)):
+                raise CheckpointUnusable(f"{_label(name)}: load_state_dict did not bring back what state_dict gave")
+        self._give_random(saved.part("random"))
+        if not saved.is_same("random", flatten(self._take_random(), "random")):
+            raise CheckpointUnusable("the random state could not be brought back")
+        self._job.give_counts(saved.part("counts"))
+
+    def _give_up(self, loop: Loop) -> None:
+        """Two loops run into each other: there is no one place to come back to."""
+        if self._ahead:
+            raise CheckpointUnusable(_OTHER_LOOPS)
+        if loop in self._loops:
+            del self._loops[self._loops.index(loop) + 1 :]
+        if self._checkpoints:
+            self._checkpoints.give_up("two loops over ctx.steps or ctx.batches run into each other")
+            self._checkpoints = None
+
+    def _kept(self) -> dict[str, tuple[str, Kept]]:
+        return {
+            f"kept/{depth}/{name}": (name, thing)
+            for depth, loop in enumerate(self._loops)
+            for name, thing in loop.kept.items()
+            if not thing.random
+        }
+
+    def _generators(self) -> dict[str, Kept]:
+        found: dict[str, Kept] = {}
+        for depth, loop in enumerate(self._loops):
+            found |= {f"{depth}/{number}": made for number, made in enumerate(loop.made)}
+            found |= {f"{depth}/{name}": thing for name, thing in loop.kept.items() if thing.random}
+        return found
+
+    def _take_random(self) -> dict[str, Any]:
+        assert self._checkpoints is not None
+        own = {name: generator.take() for name, generator in self._generators().items()}
+        return {"global": take_random(self._checkpoints.device), "own": own}
+
+    def _give_random(self, state: Mapping[str, Any]) -> None:
+        assert self._checkpoints is not None
+        own = self._generators()
+        if own.keys() != state["own"].keys():
+            raise CheckpointUnusable("it has other generators than the checkpoint")
+        give_random(state["global"], self._checkpoints.device)
+        for name, generator in own.items():
+            generator.give(state["own"][name])
+
+
+def _label(name: str) -> str:
+    return f"ctx.keep({name}=...): its state"
