@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,7 +26,7 @@ from fedlink import rpc
 from fedlink.v1 import admin_service_pb2 as admin_pb
 from fedlink.v1 import admin_service_pb2_grpc as admin_grpc
 from fedserver.settings import admin_socket
-from tests.support.zygote import begin
+from tests.support.zygote import Command, begin
 
 T = TypeVar("T")
 PATIENCE = 120.0
@@ -375,18 +374,9 @@ def _shut(s: socket.socket) -> None:
 
 def call(name: str, *arguments: str, code: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run a command, and expect an exit code, and never a traceback; an error is one line on stderr."""
-    command = [program(name), *arguments]
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = begin(command, cwd=cwd, stdout=out.fileno(), stderr=err.fileno())
-        try:
-            process.wait(PATIENCE)
-        finally:
-            process.kill()
-        out.seek(0)
-        err.seek(0)
-        done = subprocess.CompletedProcess(command, process.wait(), out.read(), err.read())
+    done = Command(program(name), *arguments, cwd=cwd).ended(PATIENCE)
     assert "Traceback" not in done.stderr + done.stdout, done.stderr
-    assert done.returncode == code, f"{command} ended with {done.returncode}: {done.stdout}\n{done.stderr}"
+    assert done.returncode == code, f"{done.args} ended with {done.returncode}: {done.stdout}\n{done.stderr}"
     return done
 
 
