@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +16,13 @@ from fedclient.spool import Spool
 from fedlink.errors import FedlinkError
 from fedserver.app import running
 from fedserver.settings import ServerSettings
+from tests.support.federation import PATIENCE, program
+from tests.support.zygote import Command
 
 
 async def fedserver_health(data_dir: Path) -> tuple[int, str]:
-    command = [str(Path(sys.executable).parent / "fedserver"), "health", "--data-dir", str(data_dir)]
-    done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=False)
+    command = Command(program("fedserver"), "health", "--data-dir", str(data_dir))
+    done = await asyncio.to_thread(command.ended, PATIENCE)
     return done.returncode, done.stdout + done.stderr
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -17,7 +16,9 @@ from fedlink.errors import FedlinkError, Reason
 from fedlink.run_file import RunSpec
 from fedlink.tensors import DTYPES, Role, ShardWriter, TensorSpec, apply_metadata, read_header, roles_metadata
 from tests.support.classes.toy import Toy
+from tests.support.federation import PATIENCE, program
 from tests.support.trainers import arrays, make_site, raw_tensors
+from tests.support.zygote import Command
 
 SITE = """
 name = "site-1"
@@ -124,9 +125,7 @@ def command(tmp_path):
     (site / "run.toml").write_text(RUN)
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "fedclient.cli", *arguments], cwd=site, capture_output=True, text=True, check=False
-        )
+        return Command(program("fedclient"), *arguments, cwd=site).ended(PATIENCE)
 
     return run
 

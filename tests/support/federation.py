@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -26,7 +25,7 @@ from fedlink.v1 import admin_service_pb2 as admin_pb
 from fedlink.v1 import admin_service_pb2_grpc as admin_grpc
 from fedserver.settings import admin_socket
 from tests.support.line import Line
-from tests.support.zygote import begin
+from tests.support.zygote import Command, begin
 
 T = TypeVar("T")
 PATIENCE = 120.0
@@ -323,18 +322,9 @@ class Gate(Line):
 
 def call(name: str, *arguments: str, code: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run a command, and expect an exit code, and never a traceback; an error is one line on stderr."""
-    command = [program(name), *arguments]
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = begin(command, cwd=cwd, stdout=out.fileno(), stderr=err.fileno())
-        try:
-            process.wait(PATIENCE)
-        finally:
-            process.kill()
-        out.seek(0)
-        err.seek(0)
-        done = subprocess.CompletedProcess(command, process.wait(), out.read(), err.read())
+    done = Command(program(name), *arguments, cwd=cwd).ended(PATIENCE)
     assert "Traceback" not in done.stderr + done.stdout, done.stderr
-    assert done.returncode == code, f"{command} ended with {done.returncode}: {done.stdout}\n{done.stderr}"
+    assert done.returncode == code, f"{done.args} ended with {done.returncode}: {done.stdout}\n{done.stderr}"
     return done
 
 

@@ -27,6 +27,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -197,6 +198,35 @@ def begin(
         stderr=stderr,
         start_new_session=True,
     )
+
+
+class Command(contextlib.ExitStack):
+    """A command under way, whose output is kept for its end; it ends with the context at the latest.
+
+    Args:
+        argv: as for `Zygote.spawn`.
+        cwd: its directory; by default this process's.
+    """
+
+    def __init__(self, *argv: str, cwd: Path | None = None) -> None:
+        super().__init__()
+        self._argv = list(argv)
+        directory = Path(self.enter_context(tempfile.TemporaryDirectory()))
+        self._out, self._err = directory / "out", directory / "err"
+        with self._out.open("w") as out, self._err.open("w") as err:
+            self.process = begin(self._argv, cwd=cwd, stdout=out.fileno(), stderr=err.fileno())
+        self.callback(self.process.wait)
+        self.callback(self.process.kill)
+
+    def ended(self, seconds: float) -> subprocess.CompletedProcess[str]:
+        """Wait for its end.
+
+        Raises:
+            subprocess.TimeoutExpired: it takes longer, and is killed.
+        """
+        with self:
+            code = self.process.wait(seconds)
+            return subprocess.CompletedProcess(self._argv, code, self._out.read_text(), self._err.read_text())
 
 
 # --- In the zygote
