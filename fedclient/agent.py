@@ -16,6 +16,7 @@ from pathlib import Path
 
 from fedclient.desk import Desk
 from fedclient.launch import Description, Trainer, TrainerFailed
+from fedclient.patience import Patience
 from fedclient.policy import Terms
 from fedclient.pulse import Pulse
 from fedclient.session import DeviceInfo, Session
@@ -36,12 +37,19 @@ class Agent:
         site: its settings.
         make_trainer: how trainer processes are made.
         rng: source of jitter.
+        patience: how long it waits for a server that says nothing.
     """
 
     def __init__(
-        self, site: SiteSettings, *, make_trainer: MakeTrainer = Trainer, rng: random.Random | None = None
+        self,
+        site: SiteSettings,
+        *,
+        make_trainer: MakeTrainer = Trainer,
+        rng: random.Random | None = None,
+        patience: Patience | None = None,
     ) -> None:
         self._site = site
+        self._patience = patience or Patience()
         self._rng = rng or random.Random()  # noqa: S311 - jitter, no secret
         self._trainers = Trainers(site, make_trainer)
         self._draining = asyncio.Event()
@@ -74,7 +82,9 @@ class Agent:
     async def _open(self, spool: Spool, disk: ThreadPoolExecutor, stack: contextlib.AsyncExitStack) -> Desk:
         terms, devices = await self._trainers.describe()
         offers = [t.offer for t in terms.values()]
-        session = await stack.enter_async_context(Session(self._site, offers, devices, rng=self._rng))
+        session = await stack.enter_async_context(
+            Session(self._site, offers, devices, rng=self._rng, patience=self._patience)
+        )
         self._pulse.phase = "looking for the server"
         await session.open()
         self._pulse.phase = "serving"

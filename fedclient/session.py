@@ -25,6 +25,7 @@ from pydantic import ValidationError
 
 import fedlink
 from fedclient.aside import off_loop
+from fedclient.patience import Patience
 from fedclient.settings import SiteSettings
 from fedclient.spool import Order, Outcome
 from fedlink import log, rpc
@@ -43,8 +44,8 @@ from fedlink.v1.coordination_service_pb2_grpc import CoordinationServiceStub
 if TYPE_CHECKING:
     from grpc.aio import UnaryUnaryMultiCallable
 
-CALL_TIMEOUT = 60.0
-"""Seconds a unary call may take beyond what the server is asked to wait; then it counts as lost."""
+LEAST_BEAT_PATIENCE = 5.0
+"""Seconds a heartbeat may take at least, however short the lease."""
 SAY_AGAIN_AFTER = 60.0
 """Seconds between two log lines about a server that stays away."""
 LOOK_AGAIN_AFTER = 5.0
@@ -117,6 +118,7 @@ class Session:
         FedlinkError: BAD_CONFIG if the token or a certificate cannot be used.
 
     Attributes:
+        patience: how long it waits for a server that says nothing.
         bulk: the channel for blobs.
         lease_term: seconds a task may go without `extend`.
         returned: set whenever the server may have lost its memory of us: after each
@@ -124,9 +126,16 @@ class Session:
     """
 
     def __init__(
-        self, site: SiteSettings, offers: Sequence[Offer], devices: Sequence[DeviceInfo], *, rng: random.Random
+        self,
+        site: SiteSettings,
+        offers: Sequence[Offer],
+        devices: Sequence[DeviceInfo],
+        *,
+        rng: random.Random,
+        patience: Patience,
     ) -> None:
         self._site = site
+        self.patience = patience
         self._rng = rng
         self._log = log.get("session").bind(client=site.name, server=site.server)
         self._credentials = credentials(site)
@@ -154,9 +163,8 @@ class Session:
         self.returned = asyncio.Event()
 
     async def __aenter__(self) -> Self:
-        options = rpc.channel_options()
-        self._control = open_channel(self._site.server, self._tls, options)
-        self.bulk = open_channel(self._site.server, self._tls, options)
+        self._control = open_channel(self._site.server, self._tls, rpc.channel_options(self.patience.control))
+        self.bulk = open_channel(self._site.server, self._tls, rpc.channel_options(self.patience.bulk))
         self._stub = CoordinationServiceStub(self._control)
         if self._tls is None and not is_loopback(self._site.server):
             self._log.warning("everything travels unencrypted; use only a network you trust", because="insecure = true")
@@ -208,7 +216,7 @@ class Session:
         request = pb.PollTaskRequest(held_tokens=held, wait=_duration(wait))
         # After an outage the server is asked for a quick word first, so that its return is noticed at once.
         again = pb.PollTaskRequest(held_tokens=held)
-        answer = await self._call(self._stub.PollTask, request, again, patience=wait + CALL_TIMEOUT)
+        answer = await self._call(self._stub.PollTask, request, again, wait)
         order = None
         if answer.HasField("task"):
             try:
@@ -233,7 +241,9 @@ class Session:
             done=done,
             total=total,
         )
-        answer = await self.renewing(lambda: self._once(self._stub.ExtendLease, request))
+        # The next one is due then.
+        within = min(self.patience.call, max(self.lease_term / 3, LEAST_BEAT_PATIENCE))
+        answer = await self.renewing(lambda: self._once(self._stub.ExtendLease, request, within))
         self._note_lease(answer.lease_term)
         return answer.cancel
 
@@ -298,27 +308,27 @@ class Session:
         method: UnaryUnaryMultiCallable[_Request, _Response],
         request: _Request,
         again: _Request | None = None,
-        patience: float = CALL_TIMEOUT,
+        wait: float = 0.0,
     ) -> _Response:
-        return await self.renewing(lambda: self._until_answered(method, request, again, patience))
+        return await self.renewing(lambda: self._until_answered(method, request, again, wait))
 
     async def _until_answered(
         self,
         method: UnaryUnaryMultiCallable[_Request, _Response],
         request: _Request,
         again: _Request | None = None,
-        patience: float = CALL_TIMEOUT,
+        wait: float = 0.0,
     ) -> _Response:
         failures = 0
         while True:
             try:
-                return await self._once(method, again if failures and again else request, patience)
+                return await self._once(method, again if failures and again else request, self.patience.call + wait)
             except FedlinkError as e:
                 if not e.reason.retryable or e.reason is Reason.SESSION_UNKNOWN:
                     raise
                 await self._look_into(e)
                 failures += 1
-                await asyncio.sleep(BACKOFF.delay(failures, self._rng, e.retry_after))
+                await asyncio.sleep(BACKOFF.wait(e, failures, self._rng))
 
     async def _look_into(self, error: FedlinkError) -> None:
         """Find out whether TLS is why the server cannot be reached.
@@ -357,10 +367,10 @@ class Session:
         return bool(facts and self._own and facts.serial != self._own.serial and self._own.trouble())
 
     async def _once(
-        self, method: UnaryUnaryMultiCallable[_Request, _Response], request: _Request, patience: float = CALL_TIMEOUT
+        self, method: UnaryUnaryMultiCallable[_Request, _Response], request: _Request, within: float | None = None
     ) -> _Response:
         try:
-            answer = await method(request, timeout=patience, metadata=self.metadata())
+            answer = await method(request, timeout=within or self.patience.call, metadata=self.metadata())
         except grpc.RpcError as e:
             error = rpc.from_rpc_error(e)
             if error.reason.retryable and error.reason is not Reason.SESSION_UNKNOWN:

@@ -134,6 +134,7 @@ class Transfer:
                 purpose,
                 metadata=session.metadata,
                 on_progress=on_bytes,
+                stall=session.patience.stall,
             )
         )
 
@@ -157,6 +158,7 @@ class Transfer:
                 task_token=token,
                 metadata=session.metadata,
                 on_progress=on_bytes,
+                stall=session.patience.stall,
             )
         )
 

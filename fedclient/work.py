@@ -242,9 +242,7 @@ class Work:
                 if not e.reason.retryable:
                     raise
                 failures += 1
-                await asyncio.sleep(
-                    min(BACKOFF.delay(failures, self._tools.rng, e.retry_after), session.lease_term / 3)
-                )
+                await asyncio.sleep(min(BACKOFF.wait(e, failures, self._tools.rng), session.lease_term / 3))
                 continue
             third = session.lease_term / 3
             least = min(LEAST_BEAT, third)

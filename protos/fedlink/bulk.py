@@ -55,7 +55,7 @@ from fedlink.v1 import blob_service_pb2_grpc as pb_grpc
 from fedlink.v1 import types_pb2
 
 STALL = 60.0
-"""Seconds in which at least one message must move, or the call is taken for broken."""
+"""Seconds in which at least one chunk must move, or the call is taken for broken; also what a unary call may take."""
 MAX_DIGESTS = 4096
 """Digests in one FindMissingBlobs."""
 
@@ -85,6 +85,7 @@ async def find_missing(
     digests: Sequence[bytes],
     *,
     metadata: Callable[[], Metadata],
+    stall: float = STALL,
     retry: Retry = FOREVER,
     rng: random.Random | None = None,
 ) -> list[bytes]:
@@ -100,7 +101,7 @@ async def find_missing(
     while asked := digests[:MAX_DIGESTS]:
         request = pb.FindMissingBlobsRequest(digests=asked, **_purpose_field(purpose))
         try:
-            answer = await stub.FindMissingBlobs(request, metadata=metadata(), timeout=STALL)
+            answer = await stub.FindMissingBlobs(request, metadata=metadata(), timeout=stall)
         except grpc.RpcError as e:
             failures, action = failures.after(from_rpc_error(e), retry, rng)
             if isinstance(action, GiveUp):
@@ -122,6 +123,7 @@ async def upload_file(
     *,
     metadata: Callable[[], Metadata],
     on_progress: OnProgress | None = None,
+    stall: float = STALL,
     retry: Retry = FOREVER,
     rng: random.Random | None = None,
 ) -> None:
@@ -135,6 +137,7 @@ async def upload_file(
         purpose: the task or the import it belongs to.
         metadata: gives the metadata of each call, so that a new session is used as soon as there is one.
         on_progress: told how far it is, on the event loop.
+        stall: seconds in which at least one chunk must move, or the call is taken for broken.
         retry: how long to wait after failures, and when to give up.
         rng: source of jitter.
 
@@ -145,7 +148,7 @@ async def upload_file(
     """
     rng = rng or random.SystemRandom()
     report = on_progress or _ignore
-    sending = _Sending(channel, ref, chunk_digests, purpose, metadata, report)
+    sending = _Sending(channel, ref, chunk_digests, purpose, metadata, report, stall)
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         state, action = Upload(ref, retry).begin()
@@ -177,6 +180,7 @@ async def download_blob(
     task_token: bytes,
     metadata: Callable[[], Metadata],
     on_progress: OnProgress | None = None,
+    stall: float = STALL,
     retry: Retry = FOREVER,
     rng: random.Random | None = None,
 ) -> None:
@@ -194,6 +198,7 @@ async def download_blob(
         task_token: the task under which the blob may be read; empty for operators.
         metadata: gives the metadata of each call.
         on_progress: told how far it is, on the event loop.
+        stall: seconds in which at least one chunk must move, or the call is taken for broken.
         retry: how long to wait after failures, and when to give up.
         rng: source of jitter.
 
@@ -208,7 +213,7 @@ async def download_blob(
         resuming = asyncio.ensure_future(asyncio.to_thread(part.resume))
         await settled(resuming)
         resuming.result()
-        fetching = _Fetching(channel, ref, part, task_token, metadata, report)
+        fetching = _Fetching(channel, ref, part, task_token, metadata, report, stall)
         state, action = Download(ref, retry, part.verified, part.has_list).begin()
         while not isinstance(action, Done):
             report(part.verified, ref.size)
@@ -236,13 +241,14 @@ class _Sending:
     purpose: Purpose
     metadata: Callable[[], Metadata]
     report: OnProgress
+    stall: float
 
     async def start(self) -> Started | Failed:
         stub: pb_grpc.BlobServiceAsyncStub = pb_grpc.BlobServiceStub(self.channel)
         blob = types_pb2.BlobRef(digest=self.ref.digest, size=self.ref.size)
         request = pb.StartUploadRequest(blob=blob, chunk_digests=self.chunk_digests, **_purpose_field(self.purpose))
         try:
-            answer = await stub.StartUpload(request, metadata=self.metadata(), timeout=STALL)
+            answer = await stub.StartUpload(request, metadata=self.metadata(), timeout=self.stall)
         except grpc.RpcError as e:
             return Failed(from_rpc_error(e))
         return Started(answer.upload_id, answer.committed_size, answer.complete)
@@ -260,14 +266,14 @@ class _Sending:
                 # (or INTERNAL, where grpc.aio lets the failed write hide it; StartUpload then says what is the matter).
                 with contextlib.suppress(asyncio.InvalidStateError, grpc.RpcError):
                     await self._send_chunks(call, fd, action)
-                async with asyncio.timeout(STALL):
+                async with asyncio.timeout(self.stall):
                     answer = await call
         except FedlinkError as e:
             return Failed(e)
         except EOFError:
             return Failed(_changed(self.ref))
         except TimeoutError:
-            return Failed(_stalled())
+            return Failed(_stalled(self.stall))
         except grpc.RpcError as e:
             return Failed(from_rpc_error(e))
         finally:
@@ -275,14 +281,14 @@ class _Sending:
         return Written(answer.committed_size, answer.complete)
 
     async def _send_chunks(self, call: Any, fd: int, action: Send) -> None:
-        async with asyncio.timeout(STALL) as deadline:
+        async with asyncio.timeout(self.stall) as deadline:
             await call.write(pb.WriteBlobRequest(upload_id=action.upload_id))
             batches = read_ahead(functools.partial(read_at, fd), action.start, action.stop)
             async with contextlib.aclosing(batches):
                 async for batch in batches:
                     reach("upload.sending")
                     for end, message in batch:
-                        deadline.reschedule(asyncio.get_running_loop().time() + STALL)
+                        deadline.reschedule(asyncio.get_running_loop().time() + self.stall)
                         await call.write(message)
                         self.report(end, self.ref.size)
             await call.done_writing()
@@ -298,6 +304,7 @@ class _Fetching:
     task_token: bytes
     metadata: Callable[[], Metadata]
     report: OnProgress
+    stall: float
 
     async def fetch(self, action: Fetch) -> Fetched:
         error = None
@@ -307,7 +314,7 @@ class _Fetching:
         except FedlinkError as e:
             error = e
         except TimeoutError:
-            error = _stalled()
+            error = _stalled(self.stall)
         except grpc.RpcError as e:
             error = from_rpc_error(e)
         return Fetched(self.part.verified, self.part.has_list, error)
@@ -328,12 +335,12 @@ class _Fetching:
         )
         call = method(request, metadata=self.metadata())
         try:
-            async with asyncio.timeout(STALL) as deadline:
+            async with asyncio.timeout(self.stall) as deadline:
                 await self._take_head(await call.read(), with_list=action.with_list)
                 async with WriteBehind(self.part.write, action.start) as behind:
                     try:
                         while (message := await call.read()) is not grpc.aio.EOF:
-                            deadline.reschedule(asyncio.get_running_loop().time() + STALL)
+                            deadline.reschedule(asyncio.get_running_loop().time() + self.stall)
                             await behind.put(self._checked(message, behind.position, action.stop))
                             self.report(behind.position, self.ref.size)
                     finally:
@@ -406,8 +413,8 @@ def _peer_cancels() -> Iterator[None]:
         raise FedlinkError(Reason.UNREACHABLE, "The server, or something on the way, cancelled the call.") from None
 
 
-def _stalled() -> FedlinkError:
-    return FedlinkError(Reason.UNREACHABLE, f"Nothing moved for {STALL:.0f} seconds; the connection counts as broken.")
+def _stalled(stall: float) -> FedlinkError:
+    return FedlinkError(Reason.UNREACHABLE, f"Nothing moved for {stall:.0f} seconds; the connection counts as broken.")
 
 
 def _ignore(_done: int, _size: int) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -27,11 +28,44 @@ META_AUTHORIZATION = "authorization"
 Metadata = tuple[tuple[str, str | bytes], ...]
 """Request metadata."""
 
+
+@dataclass(frozen=True, slots=True)
+class Liveness:
+    """When a connection that says nothing counts as dead; seconds.
+
+    Attributes:
+        silence: of the other side, while a call is open, until it is asked for a sign (an HTTP/2 ping).
+        answer: until the sign must be there. It travels behind what was sent before: a few MB on a bulk connection.
+        unacknowledged: that bytes may stay without TCP's acknowledgement.
+        unused: without a call until a client gives the connection up, to make a new one when it needs one; 0: never.
+            Nobody notices how an unused connection dies.
+    """
+
+    silence: float
+    answer: float
+    unacknowledged: float
+    unused: float = 0.0
+
+    @property
+    def options(self) -> list[tuple[str, Any]]:
+        """What gRPC calls it."""
+        return [
+            ("grpc.keepalive_time_ms", int(self.silence * 1000)),
+            # Of the two, this one only sets TCP_USER_TIMEOUT (in 1.85): an answer had 60 s without the next one.
+            ("grpc.keepalive_timeout_ms", int(self.unacknowledged * 1000)),
+            ("grpc.http2.ping_timeout_ms", int(self.answer * 1000)),
+            *([("grpc.client_idle_timeout_ms", int(self.unused * 1000))] if self.unused else []),
+        ]
+
+
+QUICK = Liveness(silence=10.0, answer=5.0, unacknowledged=5.0)
+"""For control calls, which are small and may be repeated: a lost server is noticed within 15 seconds."""
+PATIENT = Liveness(silence=20.0, answer=60.0, unacknowledged=20.0, unused=5.0)
+"""For blobs, whose connection a slow link keeps full for long; and for servers."""
+
 _COMMON_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.http2.max_pings_without_data", 0),
 ]
 
@@ -40,21 +74,25 @@ def server_options() -> list[tuple[str, Any]]:
     """Options for every server: room for a mass reconnection, and one server a port."""
     return [
         *_COMMON_OPTIONS,
+        *PATIENT.options,
         ("grpc.so_reuseport", 0),
         ("grpc.max_metadata_size", 16 << 10),
         ("grpc.server.max_pending_requests", 100_000),
         ("grpc.server.max_pending_requests_hard_limit", 200_000),
-        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        # Well below the silence of any client: who asks more often than that is hung up on.
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ]
 
 
-def channel_options() -> list[tuple[str, Any]]:
+def channel_options(liveness: Liveness = PATIENT) -> list[tuple[str, Any]]:
     """Options for every channel: a connection of its own and a quick return after an outage."""
     return [
         *_COMMON_OPTIONS,
+        *liveness.options,
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.initial_reconnect_backoff_ms", 200),
-        ("grpc.min_reconnect_backoff_ms", 1_000),
+        # Also the time in which a connection must come about, with TLS and a proxy and all their round trips.
+        ("grpc.min_reconnect_backoff_ms", 5_000),
         ("grpc.max_reconnect_backoff_ms", 2_000),
         # A server in a container may come back at another address; by default names are asked for only every 30 s.
         ("grpc.dns_min_time_between_resolutions_ms", 1_000),

@@ -27,6 +27,9 @@ from fedlink.errors import FedlinkError, Reason
 
 MAX_RETRY_AFTER = 300.0
 """Seconds a server may ask for at most; more is cut."""
+AWAY_CAP = 2.0
+"""Seconds; the longest wait while a server cannot be reached. Asking costs it nothing: gRPC answers here, and tries to
+connect at its own pace."""
 MAX_CORRUPT = 5
 """Times in a row that the same bytes may arrive damaged before the blob counts as corrupt."""
 
@@ -57,7 +60,7 @@ class Retry:
     base: float = 0.25
     """Seconds; the longest first wait. It doubles with every failure."""
     cap: float = 15.0
-    """Seconds; no wait is longer, unless the server asks for it."""
+    """Seconds; no wait is longer, unless the server asks for it; `AWAY_CAP` holds for one that cannot be reached."""
     limit: int | None = None
     """Failures in a row without progress after which to give up; None goes on for ever."""
 
@@ -70,6 +73,12 @@ class Retry:
         if retry_after is not None:
             return min(max(retry_after, 0.0), MAX_RETRY_AFTER) * (1.0 + rng.random() / 2)
         return rng.random() * min(self.cap, self.base * 2.0 ** min(failures - 1, 60))
+
+    def wait(self, error: FedlinkError, failures: int, rng: random.Random) -> float:
+        """Seconds to wait after the `failures`-th failure in a row, which was this one."""
+        away = error.reason is Reason.UNREACHABLE
+        retry = replace(self, cap=min(self.cap, AWAY_CAP)) if away else self
+        return retry.delay(failures, rng, error.retry_after)
 
 
 FOREVER = Retry()
@@ -195,7 +204,7 @@ class Failures:
             return record, GiveUp(FedlinkError(Reason.BLOB_CORRUPT, text, metadata=error.metadata))
         if retry.limit is not None and record.count >= retry.limit:
             return record, GiveUp(error)
-        return record, Wait(retry.delay(record.count, rng, error.retry_after), error)
+        return record, Wait(retry.wait(error, record.count, rng), error)
 
 
 @dataclass(frozen=True, slots=True)

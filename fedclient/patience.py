@@ -1,0 +1,25 @@
+"""How long a daemon waits for a server that says nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedlink.bulk import STALL
+from fedlink.rpc import PATIENT, QUICK, Liveness
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """Times after which silence means that something is broken; the same for every site.
+
+    Attributes:
+        control: when the connection for control calls counts as dead.
+        bulk: the same for the one that carries blobs.
+        call: seconds a unary call may take beyond what the server is asked to wait; then it counts as lost.
+        stall: seconds in which a transfer must move at least one chunk.
+    """
+
+    control: Liveness = QUICK
+    bulk: Liveness = PATIENT
+    call: float = 60.0
+    stall: float = STALL
