@@ -1,6 +1,6 @@
 """`fedclient start` with little patience, so that a test need not wait as long as a site does.
 
-    python -m tests.support.hasty start --config site.toml
+python -m tests.support.hasty start --config site.toml
 """
 
 from __future__ import annotations
