@@ -10,8 +10,10 @@ and whatever the user's code prints go to stderr and stdout, which are the site'
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
+import importlib.metadata
 import json
 import os
 import random
@@ -161,8 +163,7 @@ class Worker:
         """Checkpoints that are good for nothing but this very job, on this data, by this code's versions."""
         table = job.to_json()
         own = ("settings", "seed", "client", "run", "round", "version", "model_key", "max_steps")
-        versions = {name: sys.modules[name].__version__ for name in ("numpy", "torch") if name in sys.modules}
-        owner = {name: table[name] for name in own} | self._start.to_json() | {"device": "", "versions": versions}
+        owner = {name: table[name] for name in own} | self._start.to_json() | {"device": "", "versions": _versions()}
         return Checkpoints(
             directory,
             owner=json.dumps(owner, sort_keys=True),
@@ -268,6 +269,14 @@ def failure_of(error: BaseException, step: int) -> Failure:
     """What is reported of an exception."""
     reason = FailReason.OUT_OF_MEMORY if is_out_of_memory(error) else FailReason.EXCEPTION
     return Failure(reason, type(error).__name__, step, peak_memory(), str(error)[:_MAX_TEXT])
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("numpy", "torch"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _ability(job: Job) -> str:
