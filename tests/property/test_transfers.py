@@ -364,11 +364,12 @@ class Downloads(Transfer):
         self.take(share, error(Reason.CHUNK_CORRUPT), damaged=True)
 
     @precondition(lambda self: isinstance(self.action, Fetch))
-    @rule()
-    def stays_damaged(self) -> None:
+    @rule(other=st.booleans())
+    def stays_damaged(self, other: bool) -> None:
+        """The same bytes, again and again; or something else lies under the blob's name."""
         for _ in range(2 * MAX_CORRUPT):
             if isinstance(self.action, Fetch):
-                self.arrives_damaged(0.0)
+                self.refuses_for_now(Reason.OFFSET_MISMATCH, None) if other else self.arrives_damaged(0.0)
             elif not self.over:
                 self.wait()
 
