@@ -67,13 +67,13 @@ def policies(draw: st.DrawFn) -> Cohort:
         values["count"] = draw(st.integers(least, 4))
     if values["select"] == "fraction":
         values["fraction"] = draw(st.floats(0.5, 1.0))
-    if draw(st.booleans()):
+    if draw(st.sampled_from([True, True, False])):
         values["target"] = draw(st.integers(least, 4))
     if draw(st.booleans()):
         values["quorum"], values["min_clients"] = least, draw(st.integers(1, 4))
     else:
         values["min_clients"] = least
-    values["deadline"] = draw(st.none() | st.sampled_from([10.0, 60.0]))
+    values["deadline"] = draw(st.sampled_from([None, 10.0, 60.0]))
     values["task_retries"] = draw(st.integers(0, 2))
     return Cohort(**values)
 
@@ -164,6 +164,12 @@ class Rounds(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([0.0, 0.1, 5.0, 9.9, 10.0, 60.0]))
     def tick(self, seconds: float) -> None:
         self.now += seconds
+        self.tell(Tick(self.now))
+
+    @precondition(lambda self: self.round.phase is Phase.COLLECT and self.round.deadline_at is not None)
+    @rule(early=st.booleans())
+    def deadline_comes(self, early: bool) -> None:
+        self.now = max(self.now, self.round.deadline_at - 0.001 * early)
         self.tell(Tick(self.now))
 
     @rule()
@@ -331,4 +337,4 @@ def book():
 
 
 def test_any_history_of_a_round_keeps_its_promises(book: Ledger) -> None:
-    run_state_machine_as_test(lambda: Rounds(book), settings=effort(80, 50))
+    run_state_machine_as_test(lambda: Rounds(book), settings=effort(100, 50))

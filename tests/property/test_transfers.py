@@ -32,7 +32,7 @@ from fedlink.transfer import (
 from tests.support.effort import effort
 
 MIB = CHUNK_SIZE
-FATAL = [r for r in Reason if not r.retryable] + [Reason.SESSION_UNKNOWN]
+FATAL = [r for r in Reason if not r.retryable] + [Reason.SESSION_UNKNOWN] * 10
 CURABLE = [r for r in Reason if r.retryable and r not in (Reason.SESSION_UNKNOWN, Reason.CHUNK_CORRUPT)]
 
 sizes = st.integers(0, 3 * MAX_STREAM_BYTES) | st.integers(0, 6).map(lambda n: n * MAX_STREAM_BYTES // 2)
@@ -227,6 +227,16 @@ class Uploads(Transfer):
         if self.take(share):
             self.fail(error(Reason.CHUNK_CORRUPT))
 
+    @precondition(lambda self: isinstance(self.action, Start | Send))
+    @rule()
+    def disk_is_damaged(self) -> None:
+        """The same bytes, again and again; the file that they come from is not what it was."""
+        for _ in range(3 * MAX_CORRUPT):
+            if isinstance(self.action, Send):
+                self.chunk_arrives_damaged(0.0)
+            elif not self.over:
+                self.wait() if isinstance(self.action, Wait) else self.works()
+
     @precondition(lambda self: isinstance(self.action, Send))
     @rule(back=st.integers(0, 3))
     def says_it_kept_less(self, back: int) -> None:
@@ -352,6 +362,16 @@ class Downloads(Transfer):
     @rule(share=st.floats(0, 1))
     def arrives_damaged(self, share: float) -> None:
         self.take(share, error(Reason.CHUNK_CORRUPT), damaged=True)
+
+    @precondition(lambda self: isinstance(self.action, Fetch))
+    @rule(other=st.booleans())
+    def stays_damaged(self, other: bool) -> None:
+        """The same bytes, again and again; or something else lies under the blob's name."""
+        for _ in range(2 * MAX_CORRUPT):
+            if isinstance(self.action, Fetch):
+                self.refuses_for_now(Reason.OFFSET_MISMATCH, None) if other else self.arrives_damaged(0.0)
+            elif not self.over:
+                self.wait()
 
     @precondition(lambda self: isinstance(self.action, Fetch))
     @rule()
