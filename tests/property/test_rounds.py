@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -100,8 +101,11 @@ class Rounds(RuleBasedStateMachine):
     def open_round(self) -> None:
         if self.number == 0 or self.round.phase is Phase.COMMITTED:
             self.number += 1
-        self.attempt = self.book.do(lambda c: records.open_round(c, self.run.id, self.number))
-        self.round = Round(self.run.name, self.number, self.attempt, self.policy, self.seed)
+        patience = self.policy.start_deadline
+        start_by = self.now + patience if patience else None
+        self.attempt = self.book.do(lambda c: records.open_round(c, self.run.id, self.number, start_by))
+        opened = Round(self.run.name, self.number, self.attempt, self.policy, self.seed)
+        self.round = replace(opened, deadline_at=start_by)
         self.history: list[Event] = []
         self.open: dict[str, OpenTask] = {}
         # What the onlooker knows: the last word on each site's newest task, and its attempts.

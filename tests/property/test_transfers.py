@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from fedlink.blobs import CHUNK_SIZE, MAX_STREAM_BYTES, BlobRef
 from fedlink.errors import FedlinkError, Reason
 from fedlink.transfer import (
+    AWAY_CAP,
     MAX_CORRUPT,
     MAX_RETRY_AFTER,
     Action,
@@ -102,12 +103,14 @@ class Transfer(RuleBasedStateMachine):
             assert limit is not None or not reason.retryable or reason is Reason.SESSION_UNKNOWN
             return
         assert isinstance(self.action, Wait)
-        self.look_at_wait(before.retry, failed.retry_after, self.action.seconds)
+        self.look_at_wait(before.retry, failed, self.action.seconds)
 
-    def look_at_wait(self, retry: Retry, asked: float | None, seconds: float) -> None:
+    def look_at_wait(self, retry: Retry, failed: FedlinkError, seconds: float) -> None:
         """Full jitter under a bound that doubles with every failure; what the server asks for is the least."""
+        asked = failed.retry_after
         if asked is None:
-            assert seconds == self.dice.last * min(retry.cap, retry.base * 2.0 ** (self.failures - 1))
+            cap = min(retry.cap, AWAY_CAP) if failed.reason is Reason.UNREACHABLE else retry.cap
+            assert seconds == self.dice.last * min(cap, retry.base * 2.0 ** (self.failures - 1))
         else:
             least = min(max(asked, 0.0), MAX_RETRY_AFTER)
             assert least <= seconds <= 1.5 * MAX_RETRY_AFTER
