@@ -27,10 +27,10 @@ from fedlink.files import make_directory
 from fedlink.v1 import admin_service_pb2_grpc, coordination_service_pb2_grpc
 from fedserver.runtime.board import TaskBoard
 from fedserver.runtime.completion import Completions
-from fedserver.runtime.driver import Parts
 from fedserver.runtime.engine import Engine
 from fedserver.runtime.events import EventFeed
 from fedserver.runtime.integrity import Integrity
+from fedserver.runtime.parts import Parts
 from fedserver.runtime.recovery import recover
 from fedserver.runtime.sites import SiteRegistry
 from fedserver.runtime.uploads import TaskBlobAccess

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -39,6 +39,7 @@ def aggregate(
     out_dir: Path,
     *,
     workers: int = 2,
+    unwanted: Callable[[], bool] = lambda: False,
 ) -> NewVersion:
     """Compute and write the next version. Blocking; call it off the event loop.
 
@@ -57,11 +58,13 @@ def aggregate(
         out_dir: an empty directory for the new files; the caller removes what is left in it,
             after success and after failure.
         workers: shards written at the same time, one thread each.
+        unwanted: asked before every window; once it says so, the pass ends.
 
     Raises:
         FedlinkError: NO_EXAMPLES if the weights sum to zero, NOT_FINITE naming the tensor if a
             result is NaN or infinite or too large for its dtype, BLOB_CORRUPT if a file is not what its manifest
-            says, with metadata "digest", and "client" if it is part of an update; DISK_FULL.
+            says, with metadata "digest", and "client" if it is part of an update; DISK_FULL; DRAINING if the result
+            is not wanted any more.
         OSError: a file cannot be read or written.
     """
     ordered = sorted(contributions, key=lambda c: c.client)
@@ -72,7 +75,7 @@ def aggregate(
         )
     # The first of several maxima: the lower name.
     donor = max(ordered, key=lambda c: c.num_examples)
-    plan = _Plan(model, master, ordered, donor, pipeline, out_dir)
+    plan = _Plan(model, master, ordered, donor, pipeline, out_dir, unwanted)
     changing = [i for i in range(len(model.files)) if any(_changes(t) for t in model.manifest.in_file(i))]
     with naming_a_full_disk(out_dir), ThreadPoolExecutor(workers, "fold") as pool:
         folded = dict(zip(changing, pool.map(lambda i: _ShardFold(plan, i).run(), changing), strict=True))
@@ -96,6 +99,7 @@ class _Plan:
     """Whose values are taken where nothing can be averaged."""
     pipeline: Pipeline
     out_dir: Path
+    unwanted: Callable[[], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +172,13 @@ class _ShardFold:
     def _read(self, holder: Holder, entry: TensorEntry, first: int, out: Window) -> None:
         size = DTYPES[entry.spec.dtype].bits // 8
         raw = self._raw[: len(out) * size]
-        self._reader.read(holder, entry, first * size, raw.data)
+        self._read_raw(holder, entry, first * size, raw)
         decode(raw, entry.spec.dtype, out)
+
+    def _read_raw(self, holder: Holder, entry: TensorEntry, start: int, raw: Raw) -> None:
+        if self._plan.unwanted():
+            raise FedlinkError(Reason.DRAINING, "the version under way is not wanted any more: the server stops")
+        self._reader.read(holder, entry, start, raw.data)
 
     def _encoded(self, name: str, dtype: str, values: Window) -> Raw:
         raw = self._raw[: len(values) * DTYPES[dtype].bits // 8]
@@ -186,7 +195,7 @@ class _ShardFold:
         entry = holder.manifest.by_name[name]
         for start, length in windows(entry.spec.nbytes, len(self._raw)):
             raw = self._raw[:length]
-            self._reader.read(holder, entry, start, raw.data)
+            self._read_raw(holder, entry, start, raw)
             out.write(name, raw.data)
 
 

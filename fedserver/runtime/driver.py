@@ -15,7 +15,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import Connection
@@ -44,16 +44,13 @@ from fedserver.rounds.model import (
     UpdateLost,
 )
 from fedserver.runtime import outlook, records
-from fedserver.runtime.board import OpenTask, TaskBoard
+from fedserver.runtime.board import OpenTask
 from fedserver.runtime.evaluations import Evaluations
-from fedserver.runtime.events import EventFeed
-from fedserver.runtime.integrity import Integrity
-from fedserver.runtime.sites import SiteRegistry
-from fedserver.runtime.uploads import TaskBlobAccess
-from fedserver.runtime.versions import READ_SECONDS, StoredVersion, Versions
+from fedserver.runtime.parts import Parts
+from fedserver.runtime.tidying import Tidying
+from fedserver.runtime.versions import StoredVersion
 from fedserver.runtime.whole import whole
-from fedserver.store.database import Database
-from fedserver.store.disk import Disk, is_disk
+from fedserver.store.disk import is_disk
 from fedserver.store.queries import runs as q
 from fedserver.store.queries import tasks as task_queries
 from fedserver.store.rows import RunRow, TaskRow
@@ -91,20 +88,6 @@ def _until_the_disk_does() -> Iterator[None]:
             raise
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What every driver works with."""
-
-    database: Database
-    board: TaskBoard
-    sites: SiteRegistry
-    versions: Versions
-    access: TaskBlobAccess
-    feed: EventFeed
-    integrity: Integrity
-    disk: Disk
-
-
 class RunDriver:
     """Drives one run that has not ended.
 
@@ -125,10 +108,9 @@ class RunDriver:
         self._lock = asyncio.Lock()
         self._aggregation: asyncio.Task[None] | None = None
         self._aggregating_since = 0.0
-        self._tidying: set[asyncio.Task[None]] = set()
+        self._tidying = Tidying(row, parts)
         self._evaluations = Evaluations(row, parts.board)
         self._failures = 0
-        self._undropped: dict[tuple[int, int], Round] = {}
         self._asked: Counter[int] = Counter()
         self._log = logs.get("rounds").bind(run=row.name)
 
@@ -158,11 +140,11 @@ class RunDriver:
 
     async def close(self) -> None:
         """Stop working; nothing that is committed is lost."""
-        for task in (self._aggregation, *self._tidying):
-            if task is not None:
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
+        if self._aggregation is not None:
+            self._aggregation.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._aggregation
+        await self._tidying.close()
 
     # --- What it is told
 
@@ -357,7 +339,7 @@ class RunDriver:
         assert failed is not None
         self._failures += 1
         self._log.warning("round failed", round=failed.number, attempt=failed.attempt, reason=action.reason)
-        await self._drop_updates(failed)
+        await self._tidying.drop_updates(failed)
         if action.final:
             await self._end("failed", f"round {failed.number} could not start: {action.reason}")
         elif self._failures >= failed.policy.round_attempts:
@@ -417,7 +399,7 @@ class RunDriver:
         async with self._parts.versions.built(self.row, base, tasks, scratch) as stored, self._lock:
             if self.round is current:
                 await self._commit_version(current, stored, tasks, time.monotonic() - started)
-        self._tidy()
+        self._tidying.retire()
 
     async def _asked_again(self, current: Round, error: FedlinkError) -> bool:
         """If an update has changed on the disk or is gone: ask its site for it once more, which it keeps for that.
@@ -470,50 +452,16 @@ class RunDriver:
         for row in issued:
             self._show(row)
         if not self._spec.retention.keep_updates:
-            await self._drop_updates(current)
+            await self._tidying.drop_updates(current)
         await self._close_evaluations(time.time())
         await self._go_on()
-
-    async def _drop_updates(self, current: Round) -> None:
-        try:
-            uploads = await self._db.run(lambda c: records.forget_updates(c, self.row.id, current))
-        except FedlinkError as e:
-            if not is_disk(e):
-                raise
-            self._undropped[current.number, current.attempt] = current
-            return
-        reach("updates.forgotten")
-        self._undropped.pop((current.number, current.attempt), None)
-        self._parts.access.forget(u.id for u in uploads)
-        try:
-            await self._parts.versions.forget_uploads(uploads)
-        except OSError:
-            # The next start sweeps them; the run must not wait for that.
-            self._log.exception("updates not deleted", round=current.number)
-
-    def _tidy(self) -> None:
-        """Retire versions, on a task of its own: it waits for `blobs_lock`, whose holder may wait for ours."""
-        task = asyncio.create_task(self._retire())
-        self._tidying.add(task)
-        task.add_done_callback(self._tidying.discard)
-
-    async def _retire(self) -> None:
-        try:
-            spared = await self._parts.versions.retire(self.row.id)
-            while spared:
-                await asyncio.sleep(READ_SECONDS)
-                spared = await self._parts.versions.retire(self.row.id)
-        except Exception as e:  # noqa: BLE001 - tried again after the next version
-            if not is_disk(e):
-                self._log.exception("versions not retired")
 
     # --- What comes next
 
     async def _resume(self) -> None:
         """Take up a transition that an error (a full disk, a locked database) stopped half-way."""
         phase = self.round.phase if self.round is not None else None
-        for ended in list(self._undropped.values()):
-            await self._drop_updates(ended)
+        await self._tidying.again()
         if phase is Phase.AGGREGATE and (self._aggregation is None or self._aggregation.done()):
             self._begin_aggregation()
         elif phase in (None, Phase.COMMITTED, Phase.FAILED):
@@ -559,7 +507,7 @@ class RunDriver:
         reach("evaluation.closed")
         self._board.remove(late)
         self._evaluations.closed(version)
-        self._tidy()
+        self._tidying.retire()
         self._log.info("evaluated", version=version, **{f"mean_{k}": round(v, 6) for k, v in means.items()})
 
     async def _end(self, state: str, reason: str) -> None:
@@ -570,9 +518,9 @@ class RunDriver:
         self._board.remove(tasks)
         self.round = None
         if current is not None:
-            await self._drop_updates(current)
+            await self._tidying.drop_updates(current)
         self._log.info("ended", state=state, reason=reason)
-        self._tidy()
+        self._tidying.retire()
         self._ended(self.row.id)
 
     async def _set_state(self, state: str, kind: str, current: Round | None = None) -> None:

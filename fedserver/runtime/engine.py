@@ -20,7 +20,8 @@ from fedlink.run_file import MAX_JSON_BYTES, MAX_ROUNDS, RunSpec
 from fedserver.rounds.model import TaskState
 from fedserver.rounds.selection import refusal
 from fedserver.runtime.board import OpenTask
-from fedserver.runtime.driver import Parts, RunDriver
+from fedserver.runtime.driver import RunDriver
+from fedserver.runtime.parts import Parts
 from fedserver.runtime.underway import UnderWay
 from fedserver.runtime.versions import version_owner
 from fedserver.runtime.whole import whole

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -114,13 +115,15 @@ class Versions:
         uploads = await self._db.run(lambda c: task_queries.task_uploads(c, [t.id for t in tasks]))
         # Never that of an attempt before, which a disk that could not be written may have kept.
         out_dir = self._scratch / f"{scratch_name}-{secrets.token_hex(4)}"
+        over = threading.Event()
 
         def fold() -> NewVersion:
             with self._disk.used_for("the next version"):
                 out_dir.mkdir(parents=True)
                 contributions = [self._contribution(t, [u for u in uploads if u.task_id == t.id]) for t in tasks]
                 master = self.files_of(base.master_digest) if base.master_digest else None
-                return aggregate(self.files_of(base.digest), master, contributions, pipeline_for(run.parsed), out_dir)
+                model, pipeline = self.files_of(base.digest), pipeline_for(run.parsed)
+                return aggregate(model, master, contributions, pipeline, out_dir, unwanted=over.is_set)
 
         def store(new: NewVersion) -> StoredVersion:
             with self._disk.used_for("the next version"):
@@ -138,6 +141,8 @@ class Versions:
                 finally:
                     await self._collect(digests)
         finally:
+            # A thread cannot be cancelled: a server that stops would wait for it to the last byte.
+            over.set()
             await asyncio.to_thread(shutil.rmtree, out_dir, True)
 
     def _contribution(self, task: TaskRow, uploads: Sequence[UploadRow]) -> Contribution:

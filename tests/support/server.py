@@ -22,8 +22,9 @@ from fedserver.app import _build
 from fedserver.runtime.access import Caller
 from fedserver.runtime.board import OpenTask, Verdict
 from fedserver.runtime.completion import Completions, read_claim
-from fedserver.runtime.driver import Parts, RunDriver
+from fedserver.runtime.driver import RunDriver
 from fedserver.runtime.engine import Engine
+from fedserver.runtime.parts import Parts
 from fedserver.runtime.recovery import recover
 from fedserver.settings import ServerSettings
 from fedserver.store.blobs import DirectoryBlobStore

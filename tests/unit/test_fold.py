@@ -313,6 +313,16 @@ def test_a_result_too_large_for_its_dtype_is_refused_by_name(tmp_path, dtype, wi
     assert (e.value.reason, e.value.metadata) == (Reason.NOT_FINITE, {"tensor": "x"})
 
 
+def test_a_pass_that_is_not_wanted_any_more_ends_at_its_next_window(tmp_path):
+    ones = [1.0] * (5 * fold.WINDOW)
+    model, updates, out = simple(tmp_path, ones, [ones], [1])
+    asked = itertools.count(1)
+    with pytest.raises(FedlinkError) as e:
+        aggregate(model, None, updates, FEDAVG, out, unwanted=lambda: next(asked) > 3)
+    assert e.value.reason is Reason.DRAINING
+    assert next(asked) == 5
+
+
 def test_a_file_cut_short_behind_our_back(tmp_path):
     model, updates, out = simple(tmp_path, [1.0], [[1.0]], [1])
     updates[0].files[0].write_bytes(updates[0].files[0].read_bytes()[:-1])
