@@ -21,6 +21,7 @@ import fedlink
 from fedclient.agent import Agent
 from fedclient.doctor import doctor
 from fedclient.local_cli import init_model, train_local
+from fedclient.patience import Patience
 from fedclient.pulse import read_pulse
 from fedclient.settings import SiteSettings, load_site
 from fedlink import command, log, rpc
@@ -89,8 +90,8 @@ def health(config: Annotated[Path, typer.Option(help="The site's site.toml.")] =
     typer.echo(read_pulse(load_site(config).state_dir))
 
 
-async def _serve(site: SiteSettings) -> None:
-    agent = Agent(site)
+async def _serve(site: SiteSettings, patience: Patience | None = None) -> None:
+    agent = Agent(site, patience=patience)
     signals = 0
 
     def on_signal() -> None:
