@@ -160,7 +160,7 @@ class BlobServicer:
 
     async def _send_range(self, context: Context, reader: BlobReader, request: pb.ReadBlobRequest, stop: int) -> None:
         sent = request.offset
-        batches = read_ahead(reader.read_into, request.offset, stop, self._executor)
+        batches = read_ahead(reader.read_into, request.offset, stop, self._executor, batch=self.admission.batch)
         try:
             async with contextlib.aclosing(batches):
                 async for batch in batches:
@@ -184,7 +184,8 @@ class BlobServicer:
     async def _receive(self, upload_id: bytes, requests: AsyncIterator[bytes]) -> pb.WriteBlobResponse:
         size, start = await self._run(self._extent, upload_id)
         stop = min(size, start + MAX_STREAM_BYTES)
-        behind = WriteBehind(functools.partial(self._spool.append, upload_id), start, self._executor)
+        append = functools.partial(self._spool.append, upload_id)
+        behind = WriteBehind(append, start, self._executor, batch=self.admission.batch)
         try:
             async with behind:
                 try:
