@@ -20,6 +20,7 @@ import typer
 import fedlink
 from fedclient.doctor import doctor
 from fedclient.local_cli import init_model, train_local
+from fedclient.patience import Patience
 from fedclient.pulse import read_pulse
 from fedclient.settings import SiteSettings, load_site
 from fedlink import command, log, rpc
@@ -88,11 +89,11 @@ def health(config: Annotated[Path, typer.Option(help="The site's site.toml.")] =
     typer.echo(read_pulse(load_site(config).state_dir))
 
 
-async def _serve(site: SiteSettings) -> None:
+async def _serve(site: SiteSettings, patience: Patience | None = None) -> None:
     # What only the daemon needs is imported here, so that the other commands start quickly.
     from fedclient.agent import Agent  # noqa: PLC0415
 
-    agent = Agent(site)
+    agent = Agent(site, patience=patience)
     signals = 0
 
     def on_signal() -> None:

@@ -74,7 +74,7 @@ class ServerSettings(Config):
     max_poll_wait: Seconds = Field(20.0, ge=0.1, le=30)
     """Seconds a poll is held; below the lease term, so that a waiting site counts as connected."""
     bulk_streams: int = Field(8, ge=1, le=256)
-    """Bulk streams admitted at once; each may use about 12 MiB."""
+    """Bulk streams that may use about 12 MiB each; up to three times as many share that memory."""
     disk_reserve: Bytes = Field(256 << 20, ge=0)
     """Bytes of the data directory's disk that uploads leave free, besides what the next version takes."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -176,7 +176,7 @@ class BlobServicer:
     async def _send_range(self, context: Context, reader: BlobReader, request: pb.ReadBlobRequest, stop: int) -> None:
         sent = request.offset
         read_into = checked(reader, request.digest) if request.verify else reader.read_into
-        batches = read_ahead(read_into, request.offset, stop, self._executor)
+        batches = read_ahead(read_into, request.offset, stop, self._executor, batch=self.admission.batch)
         try:
             async with contextlib.aclosing(batches):
                 async for batch in batches:
@@ -201,7 +201,8 @@ class BlobServicer:
     async def _receive(self, upload_id: bytes, requests: AsyncIterator[bytes]) -> pb.WriteBlobResponse:
         size, start = await self._run(self._extent, upload_id)
         stop = min(size, start + MAX_STREAM_BYTES)
-        behind = WriteBehind(functools.partial(self._spool.append, upload_id), start, self._executor)
+        append = functools.partial(self._spool.append, upload_id)
+        behind = WriteBehind(append, start, self._executor, batch=self.admission.batch)
         try:
             async with behind:
                 try:

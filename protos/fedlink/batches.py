@@ -18,7 +18,11 @@ from fedlink.rpc import chunk_message
 
 BATCH_CHUNKS = 4
 """Chunks handed to the disk at once, at most."""
-_BATCH_BYTES = BATCH_CHUNKS * CHUNK_SIZE
+
+
+def full_batches() -> int:
+    """What a stream may have if it need not share memory with many others."""
+    return BATCH_CHUNKS
 
 
 async def settled(future: asyncio.Future[Any]) -> None:
@@ -40,7 +44,12 @@ async def settled(future: asyncio.Future[Any]) -> None:
 
 
 async def read_ahead(
-    read_into: Callable[[memoryview, int], None], start: int, stop: int, executor: Executor | None = None
+    read_into: Callable[[memoryview, int], None],
+    start: int,
+    stop: int,
+    executor: Executor | None = None,
+    *,
+    batch: Callable[[], int] = full_batches,
 ) -> AsyncGenerator[list[tuple[int, bytes]], None]:
     """Yield the chunks of [start, stop) in batches, as `(offset of the end, serialized chunk message)`.
 
@@ -51,30 +60,36 @@ async def read_ahead(
         start: a multiple of CHUNK_SIZE.
         stop: end of the blob, or a multiple of CHUNK_SIZE.
         executor: where `read_into` runs; the loop's own by default.
+        batch: how many chunks to read at once; asked each time.
 
     Raises:
         Exception: whatever `read_into` raises.
     """
     loop = asyncio.get_running_loop()
-    buffer = memoryview(bytearray(min(_BATCH_BYTES, stop - start)))
+    buffer = memoryview(bytearray())
 
-    def read(at: int) -> list[tuple[int, bytes]]:
-        view = buffer[: min(_BATCH_BYTES, stop - at)]
-        read_into(view, at)
-        spans = chunk_spans(at, at + len(view))
-        return [(offset + n, chunk_message(offset, view[offset - at : offset - at + n])) for offset, n in spans]
+    def read(at: int, size: int) -> list[tuple[int, bytes]]:
+        nonlocal buffer
+        if len(buffer) != size:
+            buffer = memoryview(bytearray(size))
+        read_into(buffer, at)
+        spans = chunk_spans(at, at + size)
+        return [(offset + n, chunk_message(offset, buffer[offset - at : offset - at + n])) for offset, n in spans]
 
-    ahead: asyncio.Future[list[tuple[int, bytes]]] | None = None
+    def begin(at: int) -> tuple[int, asyncio.Future[list[tuple[int, bytes]]]]:
+        size = min(batch() * CHUNK_SIZE, stop - at)
+        return at + size, loop.run_in_executor(executor, read, at, size)
+
+    ahead = begin(start) if start < stop else None
     try:
-        for at in range(start, stop, _BATCH_BYTES):
-            ahead = ahead or loop.run_in_executor(executor, read, at)
-            batch = await asyncio.shield(ahead)
-            following = at + _BATCH_BYTES
-            ahead = loop.run_in_executor(executor, read, following) if following < stop else None
-            yield batch
+        while ahead:
+            following, reading = ahead
+            messages = await asyncio.shield(reading)
+            ahead = begin(following) if following < stop else None
+            yield messages
     finally:
         if ahead:
-            await settled(ahead)
+            await settled(ahead[1])
 
 
 class WriteBehind:
@@ -85,7 +100,12 @@ class WriteBehind:
     """
 
     def __init__(
-        self, write: Callable[[int, Sequence[Buffer]], int], start: int, executor: Executor | None = None
+        self,
+        write: Callable[[int, Sequence[Buffer]], int],
+        start: int,
+        executor: Executor | None = None,
+        *,
+        batch: Callable[[], int] = full_batches,
     ) -> None:
         self.position = start
         """Where the next chunk has to begin."""
@@ -93,6 +113,7 @@ class WriteBehind:
         """What `write` returned last: everything before it is safe."""
         self._write = write
         self._executor = executor
+        self._batch = batch
         self._pending: list[Buffer] = []
         self._running: asyncio.Future[int] | None = None
         self._error: BaseException | None = None
@@ -103,7 +124,7 @@ class WriteBehind:
         Raises:
             Exception: whatever `write` raised for an earlier chunk.
         """
-        if self._running and len(self._pending) >= BATCH_CHUNKS:
+        if self._running and len(self._pending) >= self._batch():
             await asyncio.wait([self._running])
         self._check()
         self._pending.append(chunk)

@@ -330,7 +330,7 @@ async def test_two_whole_writers_at_once(server: BlobServer, tmp_path: Path) -> 
 
 
 async def test_admission_and_stall(tmp_path: Path) -> None:
-    limits = BulkLimits(streams=3, streams_per_caller=2, retry_after=0.02, stall=0.5)
+    limits = BulkLimits(streams=3, crowd=1, streams_per_caller=2, retry_after=0.02, stall=0.5)
     data = some_bytes(64 * MIB)
     async with blob_server(tmp_path / "server", limits) as server, channel_to(server.address) as channel:
         ref = server.access.publish(data, tmp_path)

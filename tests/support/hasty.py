@@ -1,15 +1,18 @@
 """`fedclient start` with little patience, so that a test need not wait as long as a site does.
 
-python -m tests.support.hasty start --config site.toml
+python tests/support/hasty.py site.toml
 """
 
 from __future__ import annotations
 
-import functools
+import asyncio
+import sys
+from pathlib import Path
 
-from fedclient import cli
-from fedclient.agent import Agent
+from fedclient.cli import _serve
 from fedclient.patience import Patience
+from fedclient.settings import load_site
+from fedlink import log
 from fedlink.rpc import Liveness
 
 # The server hangs up on who asks for a sign more often than every 5 s without anything else passing, so a test has it
@@ -23,5 +26,5 @@ HASTY = Patience(
 
 
 if __name__ == "__main__":
-    cli.Agent = functools.partial(Agent, patience=HASTY)
-    cli.main()
+    log.setup("info")
+    asyncio.run(_serve(load_site(Path(sys.argv[1])), HASTY))

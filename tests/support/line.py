@@ -55,6 +55,7 @@ class Fault:
         after_bytes: carried by the connection in that direction.
         after_seconds: age of the connection.
         idle: seconds since it last carried anything in either direction.
+        marker: bytes that the client must have sent, such as the name of a method (in the clear, once a connection).
         connection: its number, from 1; None for whichever comes to it.
         times: on how many connections at most; None for every one. Never twice on the same.
         end: how a cut ends both legs.
@@ -71,6 +72,7 @@ class Fault:
     times: int | None = 1
     end: End = "rst"
     seconds: float | None = None
+    marker: bytes = b""
     hit: list[int] = field(default_factory=list)
     released: threading.Event = field(default_factory=threading.Event)
     _fired: threading.Event = field(default_factory=threading.Event)
@@ -164,9 +166,12 @@ class Line:
         connection: int | None = None,
         times: int | None = 1,
         end: End = "rst",
+        marker: bytes = b"",
     ) -> Fault:
         """End a connection, both legs, by RST or FIN; see `Fault`."""
-        return self._schedule(Fault("cut", towards, after_bytes, after_seconds, idle, connection, times, end))
+        return self._schedule(
+            Fault("cut", towards, after_bytes, after_seconds, idle, connection, times, end, marker=marker)
+        )
 
     def half_open(
         self,
@@ -191,10 +196,11 @@ class Line:
         after_seconds: float = 0.0,
         connection: int | None = None,
         times: int | None = 1,
+        marker: bytes = b"",
     ) -> Fault:
         """Stop carrying in one direction for a while, or until `Fault.release`; the bytes wait and then go on."""
         return self._schedule(
-            Fault("stall", towards, after_bytes, after_seconds, 0.0, connection, times, seconds=seconds)
+            Fault("stall", towards, after_bytes, after_seconds, 0.0, connection, times, seconds=seconds, marker=marker)
         )
 
     def refuse(self, seconds: float) -> Fault:
@@ -325,6 +331,8 @@ class Line:
                 return
             part = data[: self._room(connection, towards)]
             await self._loop.sock_sendall(sink, part)
+            if towards == "server":
+                self._look_for_markers(connection, part)
             data = data[len(part) :]
             connection.moved = time.monotonic()
             connection.carried[towards] += len(part)
@@ -332,6 +340,13 @@ class Line:
             self._check(connection)
             if connection.ended:
                 await connection.never()
+
+    def _look_for_markers(self, connection: _Connection, part: memoryview) -> None:
+        markers = {f.marker for f in self._faults if f.marker} - connection.seen
+        if markers:
+            text = connection.tail + bytes(part)
+            connection.seen |= {m for m in markers if m in text}
+            connection.tail = text[-64:]
 
     def _bite(self, towards: Towards) -> int:
         rate = self._rates[towards]
@@ -377,6 +392,7 @@ class Line:
                 and connection.carried[fault.towards] >= fault.after_bytes
                 and now - connection.born >= fault.after_seconds
                 and now - connection.moved >= fault.idle
+                and (not fault.marker or fault.marker in connection.seen)
             ):
                 self._fire(fault, connection)
 
@@ -408,6 +424,8 @@ class _Connection:
         self.carried: dict[Towards, int] = {"server": 0, "client": 0}
         self.stalls: dict[Towards, tuple[Fault, float]] = {}
         self.silent = False
+        self.seen: set[bytes] = set()
+        self.tail = b""
         self.born = self.moved = time.monotonic()
         self.ended: End | None = None
         self.over = asyncio.Event()
