@@ -25,7 +25,7 @@ from tests.support.federation import Daemon, Federation
 from tests.support.line import Line
 
 RUN = "r"
-PATIENCE = 100.0
+PATIENCE = 240.0
 """Seconds after which a run counts as hung."""
 KILLED = -9
 
@@ -195,7 +195,7 @@ class _Stage:
 
     def leave(self) -> None:
         """Stop everything in good order, once every planned end has come."""
-        deadline = time.monotonic() + PATIENCE / 4
+        deadline = time.monotonic() + PATIENCE / 8
         while self.fired() != self._planned() and time.monotonic() < deadline:
             # What follows the run's end (old versions that go) may still be under way.
             self._revive()

@@ -83,7 +83,7 @@ _TORCH = {
     "checkpoint-written": "c",
     "checkpoint-renamed": "a",
     "trainer-step": "a",
-    "site-in-each-stage": "b",
+    "fold-shard": "b",
     "everybody": "c",
 }
 _CHECKPOINTS = frozenset(("checkpoint-written", "checkpoint-renamed", "trainer-step"))

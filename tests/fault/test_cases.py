@@ -33,6 +33,7 @@ def whole() -> list[Arrays]:
     return undisturbed(ROUNDS)
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("case", fixed(), ids=lambda case: case.name)
 def test_nothing_is_lost(case: Case, ground: Path, prepared: Path, whole: list[Arrays]) -> None:
     root = ground / case.name

@@ -15,6 +15,7 @@ import fedlink
 from fedclient.settings import SiteSettings, load_site
 from fedclient.trainer import derive_seed
 from fedclient.trainer.wire import JobKind
+from fedlink import failpoints
 from fedlink.blobs import DIGEST_SIZE, blob_digest, chunk_digests_of, ref_of
 from fedlink.config import load_toml
 from fedlink.errors import Reason
@@ -24,6 +25,7 @@ from fedlink.run_file import RunSpec
 from fedlink.settings_schema import parse_schema
 from fedlink.tensors import Kind, TensorSpec, build_header, parse_header
 from fedserver.settings import ServerSettings
+from tests.fault.cases import fixed
 
 ROOT = Path(__file__).parents[2]
 NOT_WRITTEN = {"directory"}  # set by `load_site`, never read from the file
@@ -179,3 +181,14 @@ def test_links_between_the_pages_lead_somewhere() -> None:
 def test_files_that_the_architecture_names_exist() -> None:
     for name in re.findall(r"`(fed(?:server|client)/[\w/]+\.py)`", page("architecture.md")):
         assert (ROOT / name).exists(), name
+
+
+def test_every_test_that_a_promise_rests_on_is_there() -> None:
+    text = page("reliability.md")
+    named = set(re.findall(r"`(tests/[\w/]+\.py)`", text)) | {
+        f"tests/fault/{name}" for name in re.findall(r"`(test_\w+\.py)`", text)
+    }
+    assert len(named) > 15
+    assert not [name for name in named if not (ROOT / name).is_file()]
+    assert f"lists all {len({*failpoints.SERVER, *failpoints.CLIENT, *failpoints.TRAINER})}" in text
+    assert f"{len(fixed())} cases" in text
