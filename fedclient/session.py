@@ -34,8 +34,9 @@ from fedlink.config import explain
 from fedlink.errors import FedlinkError, Reason
 from fedlink.failpoints import reach
 from fedlink.manifest import ref_from_pb, ref_to_pb
+from fedlink.route import is_loopback
 from fedlink.tensors import Kind
-from fedlink.tls import host_of, is_loopback, open_channel, proxy_for, refusal
+from fedlink.tls import open_channel, refusal
 from fedlink.transfer import Retry
 from fedlink.v1 import coordination_service_pb2 as pb
 from fedlink.v1 import types_pb2 as types_pb
@@ -139,6 +140,7 @@ class Session:
         self._rng = rng
         self._log = log.get("session").bind(client=site.name, server=site.server)
         self._credentials = credentials(site)
+        self._route = site.route
         self._tls = site.client_tls
         self._own = self._tls.check() if self._tls else None
         self._id = b""
@@ -163,8 +165,8 @@ class Session:
         self.returned = asyncio.Event()
 
     async def __aenter__(self) -> Self:
-        self._control = open_channel(self._site.server, self._tls, rpc.channel_options(self.patience.control))
-        self.bulk = open_channel(self._site.server, self._tls, rpc.channel_options(self.patience.bulk))
+        self._control = open_channel(self._route, self._tls, rpc.channel_options(self.patience.control))
+        self.bulk = open_channel(self._route, self._tls, rpc.channel_options(self.patience.bulk))
         self._stub = CoordinationServiceStub(self._control)
         if self._tls is None and not is_loopback(self._site.server):
             self._log.warning("everything travels unencrypted; use only a network you trust", because="insecure = true")
@@ -331,23 +333,21 @@ class Session:
                 await asyncio.sleep(BACKOFF.wait(e, failures, self._rng))
 
     async def _look_into(self, error: FedlinkError) -> None:
-        """Find out whether TLS is why the server cannot be reached.
+        """Find out whether TLS or a proxy is why the server cannot be reached.
 
         Before the first registration that is a mistake in the configuration, and ends the daemon.
         Later it may be a certificate that is being renewed: it is said, and waited for. If it is our
         own that was renewed, the daemon ends, for its next start to read it.
 
         Raises:
-            FedlinkError: TLS_REFUSED, with the cause.
+            FedlinkError: TLS_REFUSED or PROXY_REFUSED, with the cause.
         """
         clock = asyncio.get_running_loop().time
         if error.reason is not Reason.UNREACHABLE or clock() < self._look_again:
             return
-        if proxy_for(host_of(self._site.server)):
-            return  # what can be seen from here is not what gRPC sees behind the proxy
         self._look_again = clock() + LOOK_AGAIN_AFTER if self._id else 0.0
         try:
-            cause = await off_loop(refusal, self._site.server, self._tls)
+            cause = await off_loop(refusal, self._route, self._tls)
             renewed = self._own and not cause and await off_loop(self._renewed)
         except Exception:  # noqa: BLE001 - whatever a stranger's certificate does to a diagnosis must not end the daemon
             self._log.debug("could not find out why the server cannot be reached", exc_info=True)

@@ -10,7 +10,9 @@ from typing import Any, Self
 from pydantic import Field, field_validator, model_validator
 
 from fedlink.config import Bytes, Config, Name, Seconds, load_toml
-from fedlink.tls import ClientTls, is_loopback
+from fedlink.errors import FedlinkError, Reason
+from fedlink.route import Route, check_proxy, is_loopback, route_to
+from fedlink.tls import ClientTls
 
 DEFAULT_SERVER = "127.0.0.1:8470"
 """Where `fedserver serve` listens by default."""
@@ -76,6 +78,8 @@ class SiteSettings(Config):
     """Address of the server, HOST:PORT."""
     insecure: bool = False
     """Talk to another address than loopback without TLS: everybody on the way can read and change everything."""
+    proxy: str | None = None
+    """HTTP proxy to go through, `http://[USER:PASSWORD@]HOST:PORT`, or `none`; by default the environment's."""
     tls: TlsSettings | None = None
     """`[tls]`; without it, TLS is used all the same unless the server is on loopback or `insecure` is set."""
     token_file: Path | None = None
@@ -98,6 +102,11 @@ class SiteSettings(Config):
             raise ValueError(f"{value!r} is not HOST:PORT")
         return value
 
+    @field_validator("proxy")
+    @classmethod
+    def _proxy(cls, value: str | None) -> str | None:
+        return None if value is None else check_proxy(value)
+
     @model_validator(mode="after")
     def _tls_or_not(self) -> Self:
         if self.insecure and self.tls:
@@ -109,6 +118,11 @@ class SiteSettings(Config):
         if not self.devices or len(set(self.devices)) != len(self.devices):
             raise ValueError("devices: name at least one, each once")
         return self
+
+    @property
+    def route(self) -> Route:
+        """The way to the server."""
+        return route_to(self.server, self.proxy)
 
     @property
     def client_tls(self) -> ClientTls | None:
@@ -136,6 +150,9 @@ def load_site(path: Path, *, insecure: bool = False) -> SiteSettings:
     directory = path.resolve().parent
     table = {k: v for k, v in load_toml(path).items() if k != "directory"} | ({"insecure": True} if insecure else {})
     site = SiteSettings.checked(table, str(path))
+    if (proxy := site.route.proxy) and site.proxy and proxy.credentials and path.stat().st_mode & 0o077:
+        text = f"{path} holds the proxy's password and is open to others: chmod 600 it"
+        raise FedlinkError(Reason.BAD_CONFIG, text)
     token = directory / site.token_file if site.token_file else None
     tls = site.tls
     if tls:

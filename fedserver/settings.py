@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from fedlink.config import Bytes, Config, Seconds, load_toml
 from fedlink.errors import FedlinkError, Reason
-from fedlink.tls import is_loopback
+from fedlink.route import is_loopback
 
 DEFAULT_DATA_DIR = Path("fedserver-data")
 DEFAULT_LISTEN = "127.0.0.1:8470"

@@ -18,7 +18,7 @@ from fedclient.launch import Description, Trainer
 from fedclient.local_files import LocalModel
 from fedclient.settings import SiteSettings
 from fedlink import rpc
-from fedlink.tls import host_of, open_channel
+from fedlink.tls import open_channel
 from fedlink.v1 import coordination_service_pb2 as pb
 
 _SCRATCH = "run-"
@@ -79,7 +79,7 @@ class Examination:
             FedlinkError: BAD_CONFIG if a certificate or a key cannot be used.
         """
         if self._channel is None:
-            self._channel = open_channel(self.site.server, self.site.client_tls, rpc.channel_options())
+            self._channel = open_channel(self.site.route, self.site.client_tls, rpc.channel_options())
         return self._channel
 
     @property
@@ -90,7 +90,7 @@ class Examination:
     @property
     def host(self) -> str:
         """The host in the server's address."""
-        return host_of(self.site.server)
+        return self.site.route.host
 
     @property
     def port(self) -> int:

@@ -10,19 +10,19 @@ import time
 
 from fedclient.aside import off_loop
 from fedclient.checks.examination import Examination
-from fedclient.checks.finding import Finding, failed, ok, skipped, together, warning
+from fedclient.checks.finding import Finding, failed, ok, together, warning
 from fedlink import tls
 from fedlink.certificates import CertificateFacts, certificate_facts
 from fedlink.errors import FedlinkError, Reason
+from fedlink.route import Route, is_loopback
+
+_CONNECT_SECONDS = 8.0
 
 
 async def check_address(visit: Examination) -> Finding:
     """The name resolves, and something listens there."""
-    if proxy := tls.proxy_for(visit.host):
-        return warning(
-            f"connections go through the proxy {proxy}, so {visit.site.server} itself was not tried",
-            f"If the server cannot be reached, allow {visit.site.server} in the proxy, or name the host in no_proxy.",
-        )
+    if visit.site.route.proxy:
+        return await _through_proxy(visit.site.route)
     try:
         found = await off_loop(socket.getaddrinfo, visit.host, visit.port, 0, socket.SOCK_STREAM)
     except (socket.gaierror, UnicodeError) as e:
@@ -34,7 +34,7 @@ async def check_address(visit: Examination) -> Finding:
     addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
     began = time.monotonic()
     try:
-        async with asyncio.timeout(8):
+        async with asyncio.timeout(_CONNECT_SECONDS):
             _, writer = await asyncio.open_connection(visit.host, visit.port)
     except TimeoutError:
         return failed(
@@ -56,6 +56,20 @@ async def check_address(visit: Examination) -> Finding:
     return ok(f"{visit.site.server}{at} accepts connections, in {milliseconds:.0f} ms")
 
 
+async def _through_proxy(route: Route) -> Finding:
+    began = time.monotonic()
+    try:
+        connection = await off_loop(route.connect, _CONNECT_SECONDS)
+    except FedlinkError as e:
+        advice = "Correct proxy in site.toml, or the variable that names it; or ask whoever runs the proxy."
+        if e.reason is Reason.UNREACHABLE:
+            advice = f"Correct server or proxy in site.toml; or have the proxy allow connections to {route}."
+        return failed(e.message, advice)
+    connection.close()
+    milliseconds = (time.monotonic() - began) * 1000
+    return ok(f"{route} accepts connections through the proxy {route.proxy}, in {milliseconds:.0f} ms")
+
+
 async def check_tls(visit: Examination) -> Finding:
     """Whether the connection is encrypted, whom the certificates are of, and how long they last."""
     if visit.site.client_tls is None:
@@ -64,10 +78,9 @@ async def check_tls(visit: Examination) -> Finding:
 
 
 async def _unencrypted(visit: Examination) -> Finding:
-    refusal = None if tls.proxy_for(visit.host) else await off_loop(tls.refusal, visit.site.server, None)
-    if refusal:
+    if refusal := await off_loop(tls.refusal, visit.site.route, None):
         return failed(refusal.message, "The CA's certificate comes from the server's operator.")
-    if tls.is_loopback(visit.site.server):
+    if is_loopback(visit.site.server):
         return ok("not encrypted; the connection does not leave this machine")
     return warning(
         "not encrypted: insecure = true; everybody on the way can read and change the weights",
@@ -81,10 +94,8 @@ async def _encrypted(visit: Examination, mine: tls.ClientTls) -> Finding:
     except FedlinkError as e:
         return failed(e.message, "Correct [tls] in site.toml, or the file that it names.")
     findings = [_own(own, visit.site.name)] if own else []
-    if tls.proxy_for(visit.host):
-        return together([skipped("the server's certificate cannot be looked at through a proxy"), *findings])
     try:
-        handshake = await off_loop(tls.probe, visit.site.server, mine)
+        handshake = await off_loop(tls.probe, visit.site.route, mine)
     except FedlinkError as e:
         advice = "Nothing is sent to this server until that is settled."
         if e.reason is Reason.UNREACHABLE:

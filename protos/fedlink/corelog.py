@@ -2,8 +2,8 @@
 
 The core ends a handshake before any code of ours runs, and says so only on stderr, in terms
 of OpenSSL and as often as it is tried. While `handshakes_explained` is open, file descriptor
-2 is read by a thread: a failed handshake goes to a function, every other line passes as it is (but for one that
-a stranger can have written as often as he likes).
+2 is read by a thread: a failed handshake goes to a function, every other line passes as it is (but for what
+a stranger, or a proxy that refuses, can have written as often as he likes).
 The function runs in another thread, for what it logs may itself come this way: were it the
 reader, it would wait for ever for room in a full pipe that only it empties.
 """
@@ -21,8 +21,13 @@ from collections.abc import Callable, Iterator
 
 # Only at the beginning of a line of the core's own: a peer's words inside a line of ours must not hide that line.
 _FAILED = re.compile(rb"[IWEF]\d{4} [^\]{]*\.cc:\d+\] Handshake failed with error ([A-Z_]+)(?:: ?(.*))?")
-# The handshake goes on with the only certificate there is; the name in the line is the peer's choice.
-_CHATTER = re.compile(rb"[IWEF]\d{4} [^\]{]*\.cc:\d+\] No match found for server name")
+_CHATTER = re.compile(
+    # The handshake goes on with the only certificate there is; the name in the line is the peer's choice.
+    rb"[IWEF]\d{4} [^\]{]*\.cc:\d+\] No match found for server name"
+    # Said again at every attempt, in five lines; the session says it once.
+    rb"|[IWEF]\d{4} [^\]{]*\.cc:\d+\] HTTP proxy handshake with "
+    rb"|=== Source Location Trace: ===|src/core/\S+:\d+\n|\n"
+)
 _PERIOD = 60.0
 _CAUSES = (
     (b"certificate has expired", "its certificate has expired; it needs a new one"),

@@ -85,6 +85,7 @@ class Reason(enum.Enum):
     # Made on this side of the wire
     UNREACHABLE = ("UNAVAILABLE", True, EXIT_UNREACHABLE)
     TLS_REFUSED = ("UNAVAILABLE", False)
+    PROXY_REFUSED = ("UNAVAILABLE", False)
     UNKNOWN = ("UNKNOWN", True, EXIT_FAILED)
     BAD_CONFIG = ("INVALID_ARGUMENT", False, EXIT_USAGE)
     FAILED = ("INTERNAL", False, EXIT_FAILED)

@@ -16,6 +16,7 @@ import pytest
 
 from fedlink.certificates import certificate_facts
 from fedlink.errors import Reason
+from fedlink.route import route_to
 from fedlink.tls import ClientTls, probe
 from tests.support.federation import Daemon, Federation, arrays_equal, call, until
 from tests.support.peer import Peer, refusal
@@ -426,7 +427,7 @@ def test_another_sites_certificate_gives_none_of_its_rights(ground: Ground) -> N
 
 
 def serial(ground: Ground) -> int:
-    return probe(ground.tokens.address, ClientTls(ca=ground.ours.ca)).server.serial
+    return probe(route_to(ground.tokens.address), ClientTls(ca=ground.ours.ca)).server.serial
 
 
 def test_a_renewed_certificate_is_used_for_the_next_connection(ground: Ground) -> None:

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from fedlink.corelog import handshakes_explained
+from fedlink.route import route_to
 from fedlink.tls import ClientTls, probe, refusal
 from fedserver.authority import Authority
 
@@ -62,7 +63,7 @@ def test_a_site_cannot_answer_in_the_servers_place(own: Authority) -> None:
         for name in ("", "ada"):
             tls = ClientTls(ca=own.certificate, server_name=name)
             assert not connects(address, tls)
-            found = refusal(address, tls)
+            found = refusal(route_to(address), tls)
             assert found
             assert "shows the certificate of 'ada', which is not one for servers" in found.message
 
@@ -73,7 +74,7 @@ def test_a_servers_certificate_is_no_sites(own: Authority) -> None:
     causes: list[str] = []
     with handshakes_explained(causes.append), listener(server, own.certificate) as address:
         assert not connects(address, tls)
-        found = refusal(address, tls)
+        found = refusal(route_to(address), tls)
     assert found
     assert "the certificate is not one for clients" in found.message
     assert "its certificate is not one for clients" in causes
@@ -98,5 +99,5 @@ def test_a_plain_certificate_of_openssls_kind_is_taken(tmp_path: Path) -> None:
     with listener(tmp_path / "server.crt") as address:
         tls = ClientTls(ca=tmp_path / "ca.crt", server_name="fed.example")
         assert connects(address, tls)
-        assert probe(address, tls).server.names == ("fed.example",)
-        assert refusal(address, tls) is None
+        assert probe(route_to(address), tls).server.names == ("fed.example",)
+        assert refusal(route_to(address), tls) is None

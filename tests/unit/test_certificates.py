@@ -24,7 +24,8 @@ from fedlink.certificates import (
     read_revoked,
 )
 from fedlink.errors import FedlinkError, Reason
-from fedlink.tls import ClientTls, is_loopback
+from fedlink.route import is_loopback
+from fedlink.tls import ClientTls
 from fedserver.services.certificates import Certificates
 from fedserver.settings import Proof, ServerSettings, TlsSettings, load_settings
 from tests.support.federation import toml

@@ -27,7 +27,6 @@ from fedclient.trainer import Context
 from fedlink.certificates import CertificateFacts
 from fedlink.errors import FedlinkError, Reason
 from fedlink.tensors import TensorSpec
-from fedlink.tls import proxy_for
 
 
 def visit_to(directory: Path, **settings: Any) -> Examination:
@@ -184,28 +183,6 @@ async def test_room_on_the_disk(
     report = await check_disk(visit)
     assert report.outcome is outcome
     assert bool(report.advice) is (outcome is not Outcome.OK)
-
-
-@pytest.mark.parametrize(
-    ("environment", "host", "proxy"),
-    [
-        ({}, "fed.example.org", ""),
-        ({"https_proxy": "http://user:secret@proxy:3128"}, "fed.example.org", "proxy:3128 (https_proxy)"),
-        ({"https_proxy": "proxy:1", "grpc_proxy": "other:2"}, "fed.example.org", "other:2 (grpc_proxy)"),
-        ({"http_proxy": "proxy:1", "no_proxy": "localhost, example.org"}, "fed.example.org", ""),
-        ({"http_proxy": "proxy:1", "no_grpc_proxy": "x", "no_proxy": "example.org"}, "fed.example.org", "proxy:1"),
-        ({"HTTPS_PROXY": "proxy:1"}, "fed.example.org", ""),
-    ],
-)
-def test_proxies_as_grpc_sees_them(
-    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], host: str, proxy: str
-) -> None:
-    for name in ("grpc_proxy", "https_proxy", "http_proxy", "no_grpc_proxy", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert proxy_for(host).startswith(proxy)
-    assert bool(proxy_for(host)) is bool(proxy)
 
 
 async def test_insecure_is_worth_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
