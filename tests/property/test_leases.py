@@ -312,4 +312,4 @@ def book():
 
 
 def test_any_history_of_leases_keeps_its_promises(book: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_state_machine_as_test(lambda: Leases(book, monkeypatch), settings=effort(50, 40))
+    run_state_machine_as_test(lambda: Leases(book, monkeypatch), settings=effort(35, 40))
