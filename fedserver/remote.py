@@ -40,7 +40,9 @@ class Admin:
 
     def __init__(self, data_dir: Path) -> None:
         self._data_dir = data_dir
-        self._channel = grpc.aio.insecure_channel(f"unix:{admin_socket(data_dir)}", options=rpc.channel_options())
+        self._channel = grpc.aio.insecure_channel(
+            f"unix:{admin_socket(data_dir)}", options=rpc.channel_options(rpc.PATIENT)
+        )
         self.stub: pb_grpc.AdminServiceAsyncStub = pb_grpc.AdminServiceStub(self._channel)
 
     async def __aenter__(self) -> Self:

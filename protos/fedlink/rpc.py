@@ -84,7 +84,7 @@ def server_options() -> list[tuple[str, Any]]:
     ]
 
 
-def channel_options(liveness: Liveness = PATIENT) -> list[tuple[str, Any]]:
+def channel_options(liveness: Liveness = QUICK) -> list[tuple[str, Any]]:
     """Options for every channel: a connection of its own and a quick return after an outage."""
     return [
         *_COMMON_OPTIONS,

@@ -173,7 +173,7 @@ def test_the_server_comes_back_elsewhere(shared: Federation) -> None:
         held.release()
         shared.start_server("--log-level", "debug", listen="127.0.0.2:0", max_poll_wait=1.0)
         for line in pair.lines.values():
-            line.refuse(0.5)
+            line.refuse(times=1)
             line.retarget(shared.address)
         b.release()
         with at_most(40):

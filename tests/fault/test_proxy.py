@@ -101,6 +101,7 @@ def test_a_round_through_a_tunnel_and_through_one_that_is_looked_into(ground: Gr
             r"looks into the connection with a certificate by 'OU=company,.*' and cannot show this site's",
         ),
     ],
+    ids=["looks in, CA unknown", "wants a password", "looks in, mutual TLS"],
 )
 def test_what_does_not_work_is_said_in_a_sentence(ground: Ground, name: str, says: str) -> None:
     g = ground

@@ -203,11 +203,11 @@ class Line:
             Fault("stall", towards, after_bytes, after_seconds, 0.0, connection, times, seconds=seconds, marker=marker)
         )
 
-    def refuse(self, seconds: float) -> Fault:
-        """Reset every new connection for a while; those that are there stay."""
-        fault = Fault("refuse", times=None)
+    def refuse(self, seconds: float | None = None, *, times: int | None = None) -> Fault:
+        """Reset new connections, for a while or so many of them; those that are there stay."""
+        fault = Fault("refuse", times=times)
         self._faults.append(fault)
-        self._refusal = (fault, time.monotonic() + seconds)
+        self._refusal = (fault, time.monotonic() + (float("inf") if seconds is None else seconds))
         return fault
 
     def drop(self, how: End | Literal["half_open"] = "rst") -> int:
@@ -275,11 +275,19 @@ class Line:
         while True:
             near, _ = await self._loop.sock_accept(self._listener)
             near.setblocking(False)
-            if self._refusal and time.monotonic() < self._refusal[1]:
-                self._note(self._refusal[0], 0, {"server": 0, "client": 0})
+            if self._refuses():
                 _close(near, "rst")
                 continue
             await self._begin(self._serve(self._connection(near)))
+
+    def _refuses(self) -> bool:
+        if self._refusal is None:
+            return False
+        fault, until = self._refusal
+        if time.monotonic() >= until or len(fault.hit) == fault.times:
+            return False
+        self._note(fault, 0, {"server": 0, "client": 0})
+        return True
 
     def _connection(self, near: socket.socket) -> _Connection:
         self.connections += 1

@@ -138,9 +138,12 @@ def test_refuse_retarget_and_drop() -> None:
                 assert got(s, 3) == b"two"
             assert line.drop("fin") >= 1
             assert old.recv(1) == b""
-        line.refuse(30)
+        line.refuse(times=2)
+        for _ in range(2):
+            with connection(line) as s:
+                assert reset(s)
         with connection(line) as s:
-            assert reset(s)
+            assert got(s, 3) == b"two"
 
 
 def test_what_never_happens_is_told_and_what_comes_again_is_counted() -> None:
