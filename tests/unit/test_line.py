@@ -140,8 +140,8 @@ def test_refuse_retarget_and_drop() -> None:
             assert old.recv(1) == b""
         line.refuse(times=2)
         for _ in range(2):
-            with connection(line) as s:
-                assert reset(s)
+            with pytest.raises(ConnectionResetError), connection(line) as s:
+                s.recv(1)
         with connection(line) as s:
             assert got(s, 3) == b"two"
 
