@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+import os
+
+import pytest
 from hypothesis import HealthCheck, settings
 
 # A busy machine is no fault of the data.
 settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tests")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of an `xdist_group` in one process: pytest 9 no longer lets xdist say so in their ids."""
+    for item in items:
+        group = item.get_closest_marker("xdist_group")
+        if group and f"@{group.args[0]}" not in item.nodeid and "PYTEST_XDIST_WORKER" in os.environ:
+            item._nodeid = f"{item.nodeid}@{group.args[0]}"

@@ -54,9 +54,9 @@ async def scripted(**methods: Script) -> AsyncIterator[grpc.aio.Channel]:
         await server.stop(None)
 
 
-async def download(channel: grpc.aio.Channel, target: Path, **retry: Any) -> None:
+async def download(channel: grpc.aio.Channel, target: Path, *, stall: float = bulk.STALL, **retry: Any) -> None:
     await bulk.download_blob(
-        channel, REF, target, task_token=b"t", metadata=as_client("a"), retry=Retry(**QUICK | retry)
+        channel, REF, target, task_token=b"t", metadata=as_client("a"), retry=Retry(**QUICK | retry), stall=stall
     )
 
 
@@ -142,8 +142,7 @@ async def test_a_call_that_the_server_cancels_is_not_our_cancellation(tmp_path: 
     assert (tmp_path / "target").read_bytes() == DATA
 
 
-async def test_a_server_that_falls_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bulk, "STALL", 0.2)
+async def test_a_server_that_falls_silent(tmp_path: Path) -> None:
     calls = 0
 
     async def read(request: bytes, context: Any) -> None:
@@ -164,7 +163,7 @@ async def test_a_server_that_falls_silent(tmp_path: Path, monkeypatch: pytest.Mo
     source = tmp_path / "source"
     source.write_bytes(DATA * 10)
     async with scripted(ReadBlob=read, WriteBlob=silent, StartUpload=start, FindMissingBlobs=silent) as channel:
-        await download(channel, tmp_path / "target")
+        await download(channel, tmp_path / "target", stall=0.2)
         assert calls == 4
         for work in (
             bulk.upload_file(
@@ -175,9 +174,15 @@ async def test_a_server_that_falls_silent(tmp_path: Path, monkeypatch: pytest.Mo
                 TaskPurpose(b"t"),
                 metadata=as_client("a"),
                 retry=Retry(**QUICK, limit=2),
+                stall=0.2,
             ),
             bulk.find_missing(
-                channel, TaskPurpose(b"t"), [bytes(32)], metadata=as_client("a"), retry=Retry(**QUICK, limit=2)
+                channel,
+                TaskPurpose(b"t"),
+                [bytes(32)],
+                metadata=as_client("a"),
+                retry=Retry(**QUICK, limit=2),
+                stall=0.2,
             ),
         ):
             with pytest.raises(FedlinkError) as e:

@@ -64,7 +64,7 @@ async def test_updates_of_a_round_that_ended_just_before_a_crash_are_deleted(dat
         await fed.import_model()
         await fed.join("a")
         run = await fed.create(rounds=2, **ONE, **QUIET)
-        monkeypatch.setattr(fed.driver(run), "_drop_updates", lambda _: asyncio.sleep(3600))
+        monkeypatch.setattr(fed.driver(run)._tidying, "drop_updates", lambda _: asyncio.sleep(3600))
         await fed.train("a")
         await fed.version(run, 1)
         assert spooled(fed) == 2

@@ -12,7 +12,7 @@ import pytest
 from fedlink.blobs import ref_of
 from fedlink.errors import FedlinkError, Reason
 from fedlink.transfer import TaskPurpose
-from fedserver.runtime import driver, versions
+from fedserver.runtime import tidying, versions
 from fedserver.runtime.access import Caller
 from fedserver.store.queries import runs as run_queries
 from fedserver.store.queries import tasks as task_queries
@@ -107,7 +107,7 @@ async def test_a_version_that_may_yet_be_the_best_is_kept(fed: Server):
 
 async def test_a_version_that_is_being_read_is_not_retired(fed: Server, monkeypatch):
     monkeypatch.setattr(versions, "READ_SECONDS", 2.0)
-    monkeypatch.setattr(driver, "READ_SECONDS", 0.1)
+    monkeypatch.setattr(tidying, "READ_SECONDS", 0.1)
     await fed.join("a")
     run = await fed.create(rounds=4, retention={"keep_versions": 1}, **ONE, **QUIET)
     await fed.train("a")

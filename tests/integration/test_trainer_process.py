@@ -113,7 +113,7 @@ async def test_killed_between_jobs_it_is_started_again(trainer, tmp_path):
     model = await init(trainer, tmp_path / "model")
     pid = int((await evaluate(trainer, model, tmp_path / "e")).metrics["pid"])
     os.kill(pid, 9)
-    await until(lambda: not alive(pid))
+    await until(lambda: not trainer._child.alive)
     assert (await evaluate(trainer, model, tmp_path / "e")).metrics["pid"] != pid
 
 
