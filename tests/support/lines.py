@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
@@ -55,7 +54,7 @@ class Pair:
                 start=False,
             )
             if not patient:
-                site.command = [sys.executable, hasty.__file__, str(site.config)]
+                site.command = [hasty.__file__, str(site.config)]
             setattr(self, key, site)
 
     a: Site
