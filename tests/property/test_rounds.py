@@ -29,6 +29,7 @@ from fedserver.rounds.model import (
     TaskChanged,
     TaskState,
     Tick,
+    UpdateLost,
 )
 from fedserver.rounds.phases.select import needed
 from fedserver.rounds.selection import cohort_size
@@ -44,6 +45,7 @@ SITES = ("ada", "bob", "carl", "dora")
 OVER = (Phase.COMMITTED, Phase.FAILED)
 FORWARD = {
     (Phase.SELECT, Phase.COLLECT),
+    (Phase.SELECT, Phase.FAILED),
     (Phase.COLLECT, Phase.AGGREGATE),
     (Phase.COLLECT, Phase.FAILED),
     (Phase.AGGREGATE, Phase.COMMITTED),
@@ -59,11 +61,11 @@ TOLD = [
     TaskState.REFUSED,
     TaskState.FAILED,
 ]
-NOISE = ["some_are_there", "any_task", "tick", "close", "aggregation", "repeat", "restart"]
+NOISE = ["some_are_there", "any_task", "tick", "close", "aggregation", "update_is_lost", "repeat", "restart"]
 LIKELY = {
-    Phase.SELECT: ["everybody_is_there"] * 6 + NOISE,
+    Phase.SELECT: ["everybody_is_there"] * 6 + ["too_few_are_there"] + NOISE,
     Phase.COLLECT: ["open_task"] * 14 + ["any_task"] * 2 + ["deadline_comes"] + NOISE,
-    Phase.AGGREGATE: ["aggregation"] * 3 + NOISE,
+    Phase.AGGREGATE: ["aggregation"] * 3 + ["update_is_lost"] * 2 + NOISE,
     Phase.COMMITTED: ["open_round"] * 6 + NOISE,
     Phase.FAILED: ["open_round"] * 6 + NOISE,
 }
@@ -86,6 +88,7 @@ def policies(draw: st.DrawFn) -> Cohort:
     else:
         values["min_clients"] = least
     values["deadline"] = draw(st.sampled_from([None, 10.0, 60.0]))
+    values["start_deadline"] = draw(st.sampled_from([None, 20.0]))
     values["task_retries"] = draw(st.integers(0, 2))
     return Cohort(**values)
 
@@ -110,8 +113,7 @@ class Rounds(RuleBasedStateMachine):
     def open_round(self, _: Draw | None = None) -> None:
         if self.number == 0 or self.round.phase is Phase.COMMITTED:
             self.number += 1
-        patience = self.policy.start_deadline
-        start_by = self.now + patience if patience else None
+        start_by = self.now + self.policy.start_deadline if self.policy.start_deadline else None
         self.attempt = self.book.do(lambda c: records.open_round(c, self.run.id, self.number, start_by))
         opened = Round(self.run.name, self.number, self.attempt, self.policy, self.seed)
         self.round = replace(opened, deadline_at=start_by)
@@ -128,6 +130,10 @@ class Rounds(RuleBasedStateMachine):
             if isinstance(event, TaskChanged) and event.state.final and event.client in self.open:
                 task = self.open.pop(event.client)
                 records.end_task(c, task, event.state, {})
+            if isinstance(event, UpdateLost) and after.phase is not self.round.phase:
+                found = task_queries.round_tasks(c, self.run.id, self.number, self.attempt)
+                lost = [row for row in found if row.client == event.client][-1]
+                self.open[lost.client] = OpenTask(records.reopen_task(c, lost), self.run)
             if after.phase is not self.round.phase:
                 records.save_round(c, self.run.id, after)
             for action in actions:
@@ -157,7 +163,12 @@ class Rounds(RuleBasedStateMachine):
         self.tell(SitesChanged(frozenset(SITES), self.now))
 
     def some_are_there(self, draw: Draw) -> None:
-        self.tell(SitesChanged(draw(st.frozensets(st.sampled_from(SITES))), self.now))
+        returning = draw(st.frozensets(st.just("zoe")))
+        self.tell(SitesChanged(draw(st.frozensets(st.sampled_from(SITES))), self.now, returning, "zoe is away"))
+
+    def too_few_are_there(self, draw: Draw) -> None:
+        self.now += draw(st.sampled_from([0.0, 19.9, 20.0]))
+        self.tell(SitesChanged(frozenset(), self.now, absent="all are away"))
 
     def open_task(self, draw: Draw) -> None:
         """The news that a round waits for."""
@@ -182,6 +193,9 @@ class Rounds(RuleBasedStateMachine):
 
     def aggregation(self, draw: Draw) -> None:
         self.tell(draw(st.sampled_from([Aggregated(), AggregationFailed("the disk is gone")])))
+
+    def update_is_lost(self, draw: Draw) -> None:
+        self.tell(UpdateLost(draw(st.sampled_from(SITES)), self.now + draw(st.sampled_from([0.0, 30.0]))))
 
     def repeat(self, draw: Draw) -> None:
         """An event of before once more, out of order."""
@@ -228,6 +242,9 @@ class Rounds(RuleBasedStateMachine):
 
     def look(self, before: Round, event: Event, after: Round, actions: list[Any]) -> None:
         moved = (before.phase, after.phase)
+        if isinstance(event, UpdateLost) and before.phase is Phase.AGGREGATE:
+            self.look_at_loss(before, event, after, actions)
+            return
         assert moved[0] is moved[1] or moved in FORWARD
         if before.phase in OVER:
             assert (after, actions) == (before, [])
@@ -243,8 +260,14 @@ class Rounds(RuleBasedStateMachine):
             self.look_at_cohort(event, after, actions)
             return
         if before.phase is Phase.SELECT:
+            few = isinstance(event, SitesChanged) and len(event.eligible) < needed(before)
+            if few and before.deadline_at is not None and event.now >= before.deadline_at:
+                assert actions == [Fail(after.reason, final=True)]
+                assert event.absent in after.reason
+                assert after.phase is Phase.FAILED
+                return
             assert (after, actions) == (before, [])
-            assert not isinstance(event, SitesChanged) or len(event.eligible) < needed(before)
+            assert few or not isinstance(event, SitesChanged) or event.returning
             return
         if before.phase is Phase.COLLECT:
             self.look_at_collection(event, after, actions)
@@ -254,11 +277,25 @@ class Rounds(RuleBasedStateMachine):
             assert actions == ([Fail("the disk is gone")] if failed else [])
             assert (after.phase is Phase.FAILED) == failed
 
+    def look_at_loss(self, before: Round, event: UpdateLost, after: Round, actions: list[Any]) -> None:
+        """The one way back: a site whose update counted is asked for it again, and nobody else."""
+        assert actions == []
+        if event.client not in before.accepted:
+            assert after == before
+            return
+        assert after.phase is Phase.COLLECT
+        assert after.tasks == {**before.tasks, event.client: Entry(TaskState.PENDING, self.attempts[event.client])}
+        assert (after.deadline_at is None) == (before.deadline_at is None)
+        if before.deadline_at is not None:
+            assert after.deadline_at == max(before.deadline_at, event.not_before)
+        self.heard[event.client] = TaskState.PENDING
+
     def look_at_cohort(self, event: SitesChanged, after: Round, actions: list[Any]) -> None:
         policy = self.policy
         cohort = tuple(sorted(after.tasks))
         assert actions == [IssueTasks(cohort)]
         assert set(cohort) <= event.eligible
+        assert not event.returning
         assert len(event.eligible) >= policy.min_clients
         assert len(cohort) == cohort_size(len(event.eligible), policy)
         # It could not begin unless it could end well.
