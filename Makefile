@@ -43,7 +43,7 @@ demo-compose: $(DEMO_STAMP) ## The same in containers, docker or podman (KILL=1:
 		-c deploy/constraints.txt -e '.[server,demo]'
 	@touch $@
 
-test: $(STAMP) ## Run every test (under 10 minutes on 2 cores)
+test: $(STAMP) ## Run every test (a quarter of an hour on 2 cores)
 	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup
 
 SEED ?= 7
