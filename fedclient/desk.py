@@ -166,7 +166,16 @@ class Desk:
         return work
 
     def _start(self, group: asyncio.TaskGroup, work: Work, device: str | None = None) -> None:
-        self._running[work.held.token] = group.create_task(self._see_through(work, device))
+        task = group.create_task(self._see_through(work, device))
+        self._running[work.held.token] = task
+        # Not at the end of the task itself: a cancellation may come at any of its steps, its last ones included.
+        task.add_done_callback(lambda _: self._seen_through(work))
+
+    def _seen_through(self, work: Work) -> None:
+        del self._running[work.held.token]
+        if work.gone:
+            del self._works[work.held.token]
+        self._ended.set()
 
     async def _see_through(self, work: Work, device: str | None) -> None:
         course = asyncio.create_task(self._advance(work, device))
@@ -188,10 +197,6 @@ class Desk:
             for part in parts:
                 part.cancel()
             await asyncio.gather(*parts, return_exceptions=True)
-            del self._running[work.held.token]
-            if work.gone:
-                del self._works[work.held.token]
-            self._ended.set()
 
     async def _advance(self, work: Work, device: str | None) -> None:
         failure = None

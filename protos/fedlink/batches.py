@@ -169,5 +169,9 @@ class WriteBehind:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
         self._pending.clear()
-        if self._running:
-            await settled(self._running)
+        if running := self._running:
+            try:
+                await settled(running)
+            finally:
+                # A batch that was over already may not have been noted yet.
+                self._finished(running)

@@ -11,6 +11,7 @@ import grpc
 import pytest
 
 from fedclient.agent import Agent
+from fedclient.work import Work
 from fedlink.errors import FedlinkError, Reason
 from fedlink.v1 import coordination_service_pb2 as pb
 from fedlink.v1 import types_pb2 as types_pb
@@ -464,6 +465,32 @@ async def test_metrics_are_reported_while_training(server: FakeServer, site: Sit
         await server.until(lambda s: not journal(site))
     assert {p.name for r in server.state.points for p in r.points} == {"loss"}
     assert any(b.total == 100_000_000 and b.done > 0 for b in server.state.beats)
+
+
+@pytest.mark.parametrize("later", range(3))
+async def test_draining_at_the_last_steps_of_a_task(
+    server: FakeServer, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: int
+) -> None:
+    forget = Work.forget
+    drains: list[asyncio.Task[None]] = []
+
+    async def drain_soon() -> None:
+        for _ in range(later):
+            await asyncio.sleep(0)
+        agent.drain()
+
+    async def forget_and_drain(work: Work, *, keep_checkpoint: bool = False) -> None:
+        await forget(work, keep_checkpoint=keep_checkpoint)
+        drains.append(asyncio.create_task(drain_soon()))
+
+    monkeypatch.setattr(Work, "forget", forget_and_drain)
+    model = add_model(server, tmp_path / "model")
+    server.state.lease_term = 0.6
+    async with running(site) as agent:
+        token = await server.give(train_task(model, settings_json='{"steps": 100000000}'))
+        await server.until(lambda s: s.points)
+        server.state.cancelled.add(token)
+        await server.until(lambda s: s.deregistered)
 
 
 async def test_a_device_for_each_task_and_the_rest_queue(server: FakeServer, tmp_path: Path) -> None:
