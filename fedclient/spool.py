@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import fcntl
 import os
 import shutil
 import time
@@ -31,6 +30,7 @@ from fedlink.config import Config, Name
 from fedlink.errors import FedlinkError, Reason
 from fedlink.failpoints import reach
 from fedlink.files import make_directory, sync
+from fedlink.lock import holder, take
 from fedlink.run_file import MAX_JSON_BYTES
 from fedlink.tensors import Kind
 
@@ -146,32 +146,9 @@ class Held(_Kept):
         return self.model_copy(update={"completed": True})
 
 
-_LOOKS = (0.0, 0.1, 0.3)
-"""Pauses before each try for the lock: `in_use` holds it for an instant, too."""
-
-
 def in_use(state_dir: Path) -> bool:
-    """Whether a daemon holds a state directory; the kernel frees it whatever way that process ends."""
-    try:
-        lock = os.open(state_dir / "lock", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(lock)
-    return False
-
-
-def _taken(lock: int, pause: float) -> bool:
-    time.sleep(pause)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+    """Whether a daemon holds a state directory."""
+    return holder(state_dir / "lock") is not None
 
 
 class Spool:
@@ -194,7 +171,7 @@ class Spool:
             self._lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as e:
             raise FedlinkError(Reason.BAD_CONFIG, f"state_dir {root} cannot be used: {e.strerror}") from None
-        if not any(_taken(self._lock, pause) for pause in _LOOKS):
+        if not take(self._lock):
             os.close(self._lock)
             raise FedlinkError(
                 Reason.FAILED, f"another fedclient runs with state_dir {root}: stop it, or give this site its own"

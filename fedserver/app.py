@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import signal
-import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from fedlink.corelog import Summary, handshakes_explained
 from fedlink.errors import FedlinkError, Reason
 from fedlink.failpoints import reach
 from fedlink.files import make_directory
+from fedlink.lock import take
 from fedlink.v1 import admin_service_pb2_grpc, coordination_service_pb2_grpc
 from fedserver.runtime.board import TaskBoard
 from fedserver.runtime.completion import Completions
@@ -50,8 +49,6 @@ from fedserver.store.spool import Spool
 
 _GRACE_SECONDS = 3.0
 _DISK_THREADS = 8
-_LOOKS = (0.0, 0.1, 0.3)
-"""Pauses before each try for the lock: `fedserver drain` holds it for an instant, too."""
 _SERVICES = ("fedlink.v1.AdminService", "fedlink.v1.BlobService", "fedlink.v1.CoordinationService")
 
 
@@ -249,15 +246,6 @@ def _make_private(data_dir: Path) -> None:
         raise FedlinkError(Reason.BAD_CONFIG, f"data directory {data_dir} cannot be made: {e.strerror}") from None
 
 
-def _taken(lock: int, pause: float) -> bool:
-    time.sleep(pause)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
 @contextlib.contextmanager
 def _locked(data_dir: Path) -> Iterator[None]:
     """Hold the data directory; a second server would corrupt it.
@@ -270,7 +258,7 @@ def _locked(data_dir: Path) -> Iterator[None]:
     except OSError as e:
         raise FedlinkError(Reason.BAD_CONFIG, f"data directory {data_dir} cannot be used: {e.strerror}") from None
     with file:
-        if not any(_taken(file.fileno(), pause) for pause in _LOOKS):
+        if not take(file.fileno()):
             file.seek(0)
             holder = file.read().strip() or "unknown"
             raise FedlinkError(

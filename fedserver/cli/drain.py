@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
-import os
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedlink.config import Seconds
 from fedlink.errors import FedlinkError, Reason
+from fedlink.lock import holder
 from fedlink.v1 import admin_service_pb2 as pb
 from fedserver.cli.output import DATA_DIR, DataDir, Json, plain, with_admin
 from fedserver.remote import Admin
@@ -33,7 +31,8 @@ def drain(
     """Stop the server once what is under way is finished; nothing new begins meanwhile."""
     deadline = time.monotonic() + _seconds(timeout) if timeout is not None else None
 
-    holder = _holder(data_dir)
+    lock = data_dir / "lock"
+    serving = holder(lock)
 
     async def work(admin: Admin) -> None:
         left: pb.DrainServerResponse | None = await _ask(admin, pb.DrainServerRequest())
@@ -50,7 +49,7 @@ def drain(
 
     with_admin(data_dir, work)
     # It answers nobody any more; wait until it has put everything away.
-    while holder and _holder(data_dir) == holder:
+    while serving and holder(lock) == serving:
         time.sleep(_ASK_SECONDS / 5)
     if not as_json:
         typer.echo("the server has ended")
@@ -70,21 +69,6 @@ async def _look(admin: Admin) -> pb.DrainServerResponse | None:
             raise
         return None
     return left if left.draining else None
-
-
-def _holder(data_dir: Path) -> bytes:
-    """The process id of the server that holds the data directory; empty if none does."""
-    try:
-        lock = os.open(data_dir / "lock", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return b""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return os.read(lock, 32)
-    finally:
-        os.close(lock)
-    return b""
 
 
 def _seconds(text: str) -> float:

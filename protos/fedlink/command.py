@@ -9,7 +9,7 @@ from typing import NoReturn
 import typer
 
 from fedlink import failpoints, log
-from fedlink.errors import EXIT_FAILED, EXIT_OK, FedlinkError
+from fedlink.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, FedlinkError
 
 
 def run(app: typer.Typer, name: str) -> NoReturn:
@@ -19,8 +19,11 @@ def run(app: typer.Typer, name: str) -> NoReturn:
         app: the commands.
         name: what the program is called, for messages.
     """
-    failpoints.arm(os.environ)
     log.setup("warning")
+    try:
+        failpoints.arm(os.environ)
+    except ValueError as e:
+        _fail(name, str(e), EXIT_USAGE)
     try:
         app(prog_name=name)
     except FedlinkError as e:

@@ -27,6 +27,8 @@ from tests.support.line import Line
 RUN = "r"
 PATIENCE = 240.0
 """Seconds after which a run counts as hung."""
+LOOK = 0.1
+"""Seconds between two questions to the server; each costs it a few milliseconds of processor time."""
 KILLED = -9
 
 
@@ -79,6 +81,7 @@ class Case:
         settings: tables of the run file over those below.
         torch: the site that trains with torch; the others take numpy.
         checkpoint_every: seconds between two checkpoints of a trainer; 0 for none.
+        evaluated: whether the sites evaluate every version.
     """
 
     name: str
@@ -86,6 +89,7 @@ class Case:
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     torch: str = ""
     checkpoint_every: float = 0.0
+    evaluated: bool = True
 
 
 @dataclass
@@ -190,7 +194,7 @@ class _Stage:
                     seen = run.version
                     if self._revive() or time.monotonic() > deadline:
                         break
-                    time.sleep(0.03)
+                    time.sleep(LOOK)
         return pb.RunState.Name(run.state).removeprefix("RUN_STATE_").lower(), seen
 
     def leave(self) -> None:
@@ -252,6 +256,7 @@ class _Stage:
             "rounds": ROUNDS,
             "cohort": {"min_clients": len(SITES)},
             "retention": {"keep_versions": 100, "keep_updates": True},
+            "evaluation": {"enabled": self._case.evaluated},
         }
         for table, keys in self._case.settings.items():
             spec[table] = {**spec.get(table, {}), **keys}

@@ -87,6 +87,9 @@ _TORCH = {
     "everybody": "c",
 }
 _CHECKPOINTS = frozenset(("checkpoint-written", "checkpoint-renamed", "trainer-step"))
+_EVALUATED = frozenset(
+    ("nothing-happens", "evaluation-closed", "versions-retired", "server-thrice", "all-sites", "stalls")
+)
 _OFTEN = 0.001
 
 
@@ -99,6 +102,7 @@ def fixed() -> list[Case]:
             _SETTINGS.get(name, {}),
             _TORCH.get(name, ""),
             _OFTEN if name in _CHECKPOINTS else 0.0,
+            name in _EVALUATED,
         )
         for name, text in _FIXED.items()
     ]
@@ -160,7 +164,8 @@ def drawn(seed: int, number: int) -> Case:
         faults += _on_site(rng, site)
     torch = rng.choice(sorted(SITES)) if rng.random() < 0.1 else ""
     checkpoints = _OFTEN if rng.random() < 0.2 else 0.0
-    return Case(f"drawn-{seed}-{number}", tuple(faults), LEAN if lean else {}, torch, checkpoints)
+    evaluated = rng.random() < 0.5
+    return Case(f"drawn-{seed}-{number}", tuple(faults), LEAN if lean else {}, torch, checkpoints, evaluated)
 
 
 def _on_site(rng: random.Random, site: str) -> Sequence[Fault]:

@@ -69,3 +69,11 @@ def test_every_name_is_a_place_in_the_code() -> None:
 def test_a_plan_without_a_log_is_refused() -> None:
     with pytest.raises(ValueError, match=failpoints.LOG_VARIABLE):
         failpoints.arm({failpoints.VARIABLE: "task.kept@1"})
+
+
+def test_a_program_says_what_is_wrong_with_its_plan() -> None:
+    command = [sys.executable, "-c", "from fedclient.cli import main; main()", "start"]
+    env = {**os.environ, failpoints.VARIABLE: "elsewhere@1", failpoints.LOG_VARIABLE: "log"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "elsewhere@1" in done.stderr
