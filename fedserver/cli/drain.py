@@ -50,6 +50,8 @@ def drain(
     with_admin(data_dir, work)
     # It answers nobody any more; wait until it has put everything away.
     while serving and holder(lock) == serving:
+        if deadline is not None and time.monotonic() >= deadline:
+            raise FedlinkError(Reason.FAILED, "the server answers nobody any more, and has not put everything away yet")
         time.sleep(_ASK_SECONDS / 5)
     if not as_json:
         typer.echo("the server has ended")

@@ -44,6 +44,7 @@ from fedserver.rounds.model import (
     UpdateLost,
 )
 from fedserver.runtime import outlook, records
+from fedserver.runtime.aggregation import Aggregation
 from fedserver.runtime.board import OpenTask
 from fedserver.runtime.evaluations import Evaluations
 from fedserver.runtime.parts import Parts
@@ -58,7 +59,6 @@ from fedserver.store.rows import RunRow, TaskRow
 P = ParamSpec("P")
 T = TypeVar("T")
 _Work = Callable[[Connection], Any]
-_TRY_AGAIN_SECONDS = 5.0
 _NAMES = {IssueTasks: "issued", Reissue: "reissued", Aggregate: "closed", Fail: "failed"}
 _ASK_AGAIN = 3
 """Times a site is asked again for one update whose bytes have changed here."""
@@ -95,6 +95,9 @@ class RunDriver:
         row: the run.
         parts: the rest of the server.
         ended: called with the run's id when it has ended.
+
+    Attributes:
+        tidying: deletes what the run does not need any more, also after its end.
     """
 
     def __init__(self, row: RunRow, parts: Parts, ended: Callable[[int], None]) -> None:
@@ -106,9 +109,8 @@ class RunDriver:
         self._board = parts.board
         self._ended = ended
         self._lock = asyncio.Lock()
-        self._aggregation: asyncio.Task[None] | None = None
-        self._aggregating_since = 0.0
-        self._tidying = Tidying(row, parts)
+        self._aggregation = Aggregation(row.name, self._make_version, self._settle)
+        self.tidying = Tidying(row, parts)
         self._evaluations = Evaluations(row, parts.board)
         self._failures = 0
         self._asked: Counter[int] = Counter()
@@ -125,6 +127,7 @@ class RunDriver:
             unfinished = await self._db.run(lambda c: task_queries.versions_in_evaluation(c, self.row.id))
             self._evaluations.restore(unfinished)
             found = await self._db.run(lambda c: q.newest_round(c, self.row.id))
+            self._failures = await self._db.run(lambda c: q.failures_in_a_row(c, self.row.id))
             if found is None or found.phase in (Phase.COMMITTED, Phase.FAILED):
                 with _until_the_disk_does():
                     await self._go_on(whatever_the_target=extended)
@@ -134,17 +137,14 @@ class RunDriver:
                 # Sites that lost the server with it get a term to come back in.
                 self.round = outlook.restored(self.row, found, tasks, not_before=time.time() + self._board.lease_term)
                 if self.round.phase is Phase.AGGREGATE:
-                    self._begin_aggregation()
+                    self._aggregation.begin(self.round)
         with _until_the_disk_does():
             await self.sites_changed()
 
     async def close(self) -> None:
         """Stop working; nothing that is committed is lost."""
-        if self._aggregation is not None:
-            self._aggregation.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._aggregation
-        await self._tidying.close()
+        await self._aggregation.close()
+        await self.tidying.close()
 
     # --- What it is told
 
@@ -311,7 +311,15 @@ class RunDriver:
                 return lambda c: records.close_tasks(c, run.id, after, train, kind="round_closed", data=data)
             case Fail(reason=reason):
                 data = {"reason": reason}
-                return lambda c: records.close_tasks(c, run.id, after, train, kind="round_failed", data=data)
+                verdict = self._verdict(action, after)
+                others = [t.row.id for t in self._board.of_run(run.id) if t.row.kind != "train"]
+
+                def fail(c: Connection) -> None:
+                    records.close_tasks(c, run.id, after, train, kind="round_failed", data=data)
+                    if verdict:
+                        records.end_run(c, run.id, after, others, state="failed", reason=verdict)
+
+                return fail
 
     def _show(self, row: TaskRow) -> None:
         self._board.add(self.row, [row])
@@ -322,7 +330,8 @@ class RunDriver:
         if isinstance(action, Aggregate | Fail):
             self._board.remove([t for t in self._board.of_run(self.row.id) if t.row.kind == "train"])
         if isinstance(action, Aggregate):
-            self._begin_aggregation()
+            assert self.round is not None
+            self._aggregation.begin(self.round)
         elif isinstance(action, Fail):
             await self._after_failure(action)
 
@@ -334,19 +343,25 @@ class RunDriver:
             else:
                 await self._close_evaluations(time.time())
 
+    def _verdict(self, action: Fail, failed: Round) -> str:
+        """Why a round that fails takes the run along; empty if it is tried again."""
+        if action.final:
+            return f"round {failed.number} could not start: {action.reason}"
+        failures = self._failures + 1
+        if failures >= failed.policy.round_attempts:
+            return f"round {failed.number} failed {failures} times, last because {action.reason}"
+        return ""
+
     async def _after_failure(self, action: Fail) -> None:
         failed = self.round
         assert failed is not None
         self._failures += 1
         self._log.warning("round failed", round=failed.number, attempt=failed.attempt, reason=action.reason)
-        await self._tidying.drop_updates(failed)
-        if action.final:
-            await self._end("failed", f"round {failed.number} could not start: {action.reason}")
-        elif self._failures >= failed.policy.round_attempts:
-            reason = f"round {failed.number} failed {self._failures} times, last because {action.reason}"
-            await self._end("failed", reason)
-        else:
-            await self._open_round(failed.number)
+        if self.row.state not in q.LIVE_STATES:
+            await self._leave()
+            return
+        await self.tidying.drop_updates(failed)
+        await self._open_round(failed.number)
 
     async def _try_select(self) -> None:
         if self.row.state == "active" and not self._board.draining:
@@ -367,31 +382,6 @@ class RunDriver:
 
     # --- The next version
 
-    def _begin_aggregation(self) -> None:
-        assert self.round is not None
-        self._aggregating_since = time.monotonic()
-        self._aggregation = asyncio.create_task(self._aggregate(self.round))
-
-    async def _aggregate(self, current: Round) -> None:
-        try:
-            try:
-                await self._make_version(current)
-            except FedlinkError as e:
-                if is_disk(e):
-                    # The disk has said so. The updates stay, and `_resume` begins again.
-                    await asyncio.sleep(_TRY_AGAIN_SECONDS)
-                elif not await self._asked_again(current, e):
-                    await self._aggregation_failed(current, str(e))
-            except Exception as e:  # noqa: BLE001 - whatever it is, the run must not hang
-                if self.round is current:  # otherwise the run was stopped, and its updates are gone
-                    self._log.exception("aggregation failed", round=current.number)
-                reason = f"an error in the server ({type(e).__name__}); its log has the details"
-                await self._aggregation_failed(current, reason)
-        except Exception as e:  # noqa: BLE001 - not even that could be written: `_resume` tries it all again
-            if not is_disk(e):
-                self._log.exception("failure not recorded", round=current.number)
-            await asyncio.sleep(_TRY_AGAIN_SECONDS)
-
     async def _make_version(self, current: Round) -> None:
         started = time.monotonic()
         tasks, base = await self._db.run(lambda c: records.aggregation_inputs(c, self.row, current))
@@ -399,7 +389,7 @@ class RunDriver:
         async with self._parts.versions.built(self.row, base, tasks, scratch) as stored, self._lock:
             if self.round is current:
                 await self._commit_version(current, stored, tasks, time.monotonic() - started)
-        self._tidying.retire()
+        self.tidying.retire()
 
     async def _asked_again(self, current: Round, error: FedlinkError) -> bool:
         """If an update has changed on the disk or is gone: ask its site for it once more, which it keeps for that.
@@ -412,21 +402,32 @@ class RunDriver:
             await self._parts.integrity.note(bytes.fromhex(error.metadata["digest"]), error)
         if error.reason not in (Reason.BLOB_CORRUPT, Reason.BLOB_MISSING) or not client:
             return False
+        tasks, _ = await self._db.run(lambda c: records.aggregation_inputs(c, self.row, current))
+        lost = [t for t in tasks if t.client == client]
+        if self.round is not current or not lost or self._asked[lost[0].id] >= _ASK_AGAIN:
+            return self.round is not current
+        self._asked[lost[0].id] += 1
+        self._log.error("asks for an update again", round=current.number, client=client, because=error.message)
+        # Without the lock: a large update takes minutes, and the clock of every run would stop meanwhile.
+        await self._parts.versions.reverify(lost[0])
         async with self._lock:
-            tasks, _ = await self._db.run(lambda c: records.aggregation_inputs(c, self.row, current))
-            lost = [t for t in tasks if t.client == client]
-            if self.round is not current or not lost or self._asked[lost[0].id] >= _ASK_AGAIN:
-                return self.round is not current
-            self._asked[lost[0].id] += 1
-            self._log.error("asks for an update again", round=current.number, client=client, because=error.message)
-            await self._parts.versions.reverify(lost[0])
-            rows: list[TaskRow] = []
-            term = time.time() + self._board.lease_term
-            await self._apply(UpdateLost(client, term), lambda c: rows.append(records.reopen_task(c, lost[0])))
-            self._board.add(self.row, rows, fresh=False)
+            if self.round is current:
+                rows: list[TaskRow] = []
+                term = time.time() + self._board.lease_term
+                await self._apply(UpdateLost(client, term), lambda c: rows.append(records.reopen_task(c, lost[0])))
+                self._board.add(self.row, rows, fresh=False)
         return True
 
-    async def _aggregation_failed(self, current: Round, reason: str) -> None:
+    async def _settle(self, current: Round, error: Exception) -> None:
+        """Decide about a round whose version cannot be made: an update is asked for again, or the round fails."""
+        if isinstance(error, FedlinkError):
+            if await self._asked_again(current, error):
+                return
+            reason = str(error)
+        else:
+            if self.round is current:  # otherwise the run was stopped, and its updates are gone
+                self._log.error("aggregation failed", round=current.number, exc_info=error)
+            reason = f"an error in the server ({type(error).__name__}); its log has the details"
         async with self._lock:
             if self.round is current:
                 await self._apply(AggregationFailed(reason))
@@ -452,7 +453,7 @@ class RunDriver:
         for row in issued:
             self._show(row)
         if not self._spec.retention.keep_updates:
-            await self._tidying.drop_updates(current)
+            await self.tidying.drop_updates(current)
         await self._close_evaluations(time.time())
         await self._go_on()
 
@@ -461,9 +462,8 @@ class RunDriver:
     async def _resume(self) -> None:
         """Take up a transition that an error (a full disk, a locked database) stopped half-way."""
         phase = self.round.phase if self.round is not None else None
-        await self._tidying.again()
-        if phase is Phase.AGGREGATE and (self._aggregation is None or self._aggregation.done()):
-            self._begin_aggregation()
+        if self.round is not None and phase is Phase.AGGREGATE:
+            self._aggregation.begin(self.round)
         elif phase in (None, Phase.COMMITTED, Phase.FAILED):
             await self._go_on()
 
@@ -507,20 +507,23 @@ class RunDriver:
         reach("evaluation.closed")
         self._board.remove(late)
         self._evaluations.closed(version)
-        self._tidying.retire()
+        self.tidying.retire()
         self._log.info("evaluated", version=version, **{f"mean_{k}": round(v, 6) for k, v in means.items()})
 
     async def _end(self, state: str, reason: str) -> None:
-        current, tasks = self.round, self._board.of_run(self.row.id)
-        ids = [t.row.id for t in tasks]
+        current, ids = self.round, [t.row.id for t in self._board.of_run(self.row.id)]
         reach("run.ending")
         await self._commit(lambda c: records.end_run(c, self.row.id, current, ids, state=state, reason=reason))
-        self._board.remove(tasks)
-        self.round = None
+        await self._leave()
+
+    async def _leave(self) -> None:
+        """The record says that the run has ended: let go of everything."""
+        self._board.remove(self._board.of_run(self.row.id))
+        current, self.round = self.round, None
         if current is not None:
-            await self._tidying.drop_updates(current)
-        self._log.info("ended", state=state, reason=reason)
-        self._tidying.retire()
+            await self.tidying.drop_updates(current)
+        self._log.info("ended", state=self.row.state, reason=self.row.reason)
+        self.tidying.retire()
         self._ended(self.row.id)
 
     async def _set_state(self, state: str, kind: str, current: Round | None = None) -> None:
@@ -550,9 +553,12 @@ class RunDriver:
 
     @property
     def aggregating(self) -> bool:
-        """Whether the next version is being made."""
-        under_way = self._aggregation is not None and not self._aggregation.done()
-        return under_way or (self.round is not None and self.round.phase is Phase.AGGREGATE)
+        """Whether the next version is being made; not while something is in its way that nobody knows the end of."""
+        return not self._aggregation.obstacle and (self._ordered or self._aggregation.under_way)
+
+    @property
+    def _ordered(self) -> bool:
+        return self.round is not None and self.round.phase is Phase.AGGREGATE
 
     def waiting(self) -> str:
         """One sentence: what the run waits for; empty if for nothing."""
@@ -570,6 +576,6 @@ class RunDriver:
             sites=self._parts.sites,
             board=self._board,
             evaluations=self._evaluations,
-            aggregating=time.monotonic() - self._aggregating_since,
-            obstacle=self._parts.disk.trouble,
+            aggregating=self._aggregation.seconds,
+            obstacle=self._parts.disk.trouble or (self._aggregation.obstacle if self._ordered else ""),
         )

@@ -22,6 +22,7 @@ from fedserver.rounds.selection import refusal
 from fedserver.runtime.board import OpenTask
 from fedserver.runtime.driver import RunDriver
 from fedserver.runtime.parts import Parts
+from fedserver.runtime.tidying import Tidying
 from fedserver.runtime.underway import UnderWay
 from fedserver.runtime.versions import version_owner
 from fedserver.runtime.whole import whole
@@ -51,6 +52,7 @@ class Engine:
         self._parts = parts
         self._db = parts.database
         self._drivers: dict[int, RunDriver] = {}
+        self._leavings: list[Tidying] = []
         self._changed = sites_changed
         # Runs begin, and ended ones go on, one at a time: a run must never have two drivers.
         self._beginning = asyncio.Lock()
@@ -61,8 +63,8 @@ class Engine:
 
     async def start(self) -> None:
         """Take up every live run and every open task again."""
-        runs, tasks = await self._db.run(
-            lambda c: (q.list_runs(c, states=q.LIVE_STATES), task_queries.open_tasks(c)),
+        runs, tasks, untidy = await self._db.run(
+            lambda c: (q.list_runs(c, states=q.LIVE_STATES), task_queries.open_tasks(c), q.ended_with_too_many(c)),
         )
         by_id = {r.id: r for r in runs}
         for task in tasks:
@@ -70,6 +72,10 @@ class Engine:
                 self._parts.board.add(by_id[task.run_id], [task], fresh=False)
         for run in runs:
             await self._drive(run)
+        for run in untidy:
+            # The server ended just after the run did.
+            self._leavings.append(Tidying(run, self._parts))
+            self._leavings[-1].retire()
         self._loops = [asyncio.create_task(self._clock()), asyncio.create_task(self._follow_sites())]
         if runs:
             self._log.info("recovered", runs=[r.name for r in runs], open_tasks=len(tasks))
@@ -82,6 +88,8 @@ class Engine:
                 await loop
         for driver in list(self._drivers.values()):
             await driver.close()
+        for leavings in self._leavings:
+            await leavings.close()
 
     # --- Tasks
 
@@ -168,7 +176,8 @@ class Engine:
         await driver.start(extended=extended)
 
     def _forget(self, run_id: int) -> None:
-        self._drivers.pop(run_id, None)
+        if driver := self._drivers.pop(run_id, None):
+            self._leavings.append(driver.tidying)
 
     def driver(self, run_id: int) -> RunDriver | None:
         """The driver of a run that has not ended."""
@@ -228,7 +237,9 @@ class Engine:
     def under_way(self) -> UnderWay:
         """What would be half-done if the server ended now."""
         tasks = self._parts.board.all()
-        uploads = {t.client for t in tasks if t.check or (t.sending and t.state is TaskState.RUNNING)}
+        # With a disk that refuses uploads nobody knows when they go on.
+        sending = not self._parts.disk.trouble
+        uploads = {t.client for t in tasks if t.check or (sending and t.sending and t.state is TaskState.RUNNING)}
         uploads |= {name for writer in self.writers for name in writer()}
         aggregations = [d.row.name for d in self._drivers.values() if d.aggregating]
         return UnderWay(tuple(sorted(uploads)), tuple(sorted(aggregations)))
@@ -240,6 +251,7 @@ class Engine:
         while True:
             await asyncio.sleep(_TICK_SECONDS)
             await self._guarded(sites.look_round)
+            self._leavings = [left for left in self._leavings if not left.idle]
             if board.draining and not self.under_way():
                 self.drained.set()
             for task in board.lapsed(set(sites.offers())):

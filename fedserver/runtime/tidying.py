@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Coroutine
+from typing import Any
 
 from fedlink import log as logs
 from fedlink.errors import FedlinkError
@@ -14,6 +16,8 @@ from fedserver.runtime.parts import Parts
 from fedserver.runtime.versions import READ_SECONDS
 from fedserver.store.disk import is_disk
 from fedserver.store.rows import RunRow
+
+_TRY_AGAIN_SECONDS = 5.0
 
 
 class Tidying:
@@ -27,22 +31,42 @@ class Tidying:
     def __init__(self, run: RunRow, parts: Parts) -> None:
         self._run_id = run.id
         self._parts = parts
-        self._refused: dict[tuple[int, int], Round] = {}
-        self._retiring: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._log = logs.get("rounds").bind(run=run.name)
 
     async def drop_updates(self, ended: Round) -> None:
         """Delete everything that was uploaded for a round."""
-        key = ended.number, ended.attempt
         try:
-            uploads = await self._parts.database.run(lambda c: records.forget_updates(c, self._run_id, ended))
+            await self._drop_updates(ended)
         except FedlinkError as e:
             if not is_disk(e):
                 raise
-            self._refused[key] = ended
-            return
+            self._begin(self._drop_later(ended))
+
+    def retire(self) -> None:
+        """Retire versions, on a task of its own: it waits for `blobs_lock`, whose holder may wait for the driver's."""
+        self._begin(self._retire())
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is left to delete."""
+        return not self._tasks
+
+    async def close(self) -> None:
+        """Stop; the next start sweeps what is left."""
+        for task in list(self._tasks):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _drop_updates(self, ended: Round) -> None:
+        uploads = await self._parts.database.run(lambda c: records.forget_updates(c, self._run_id, ended))
         reach("updates.forgotten")
-        self._refused.pop(key, None)
         self._parts.access.forget(u.id for u in uploads)
         try:
             await self._parts.versions.forget_uploads(uploads)
@@ -50,30 +74,27 @@ class Tidying:
             # The next start sweeps them; the run must not wait for that.
             self._log.exception("updates not deleted", round=ended.number)
 
-    async def again(self) -> None:
-        """Try what the disk refused."""
-        for ended in list(self._refused.values()):
-            await self.drop_updates(ended)
-
-    def retire(self) -> None:
-        """Retire versions, on a task of its own: it waits for `blobs_lock`, whose holder may wait for the driver's."""
-        task = asyncio.create_task(self._retire())
-        self._retiring.add(task)
-        task.add_done_callback(self._retiring.discard)
-
-    async def close(self) -> None:
-        """Stop; the next start sweeps what is left."""
-        for task in list(self._retiring):
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+    async def _drop_later(self, ended: Round) -> None:
+        refused = True
+        while refused:
+            await asyncio.sleep(_TRY_AGAIN_SECONDS)
+            try:
+                await self._drop_updates(ended)
+            except FedlinkError as e:
+                refused = is_disk(e)
+            else:
+                refused = False
 
     async def _retire(self) -> None:
-        try:
-            spared = await self._parts.versions.retire(self._run_id)
-            while spared:
-                await asyncio.sleep(READ_SECONDS)
+        spared = True
+        while spared:
+            pause = READ_SECONDS
+            try:
                 spared = await self._parts.versions.retire(self._run_id)
-        except Exception as e:  # noqa: BLE001 - tried again after the next version
-            if not is_disk(e):
-                self._log.exception("versions not retired")
+            except Exception as e:  # noqa: BLE001 - logged; the next version, or the next start, retires them, too
+                if not is_disk(e):
+                    self._log.exception("versions not retired")
+                    return
+                pause = _TRY_AGAIN_SECONDS
+            if spared:
+                await asyncio.sleep(pause)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
+import sqlite3
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from fedlink.blobs import ref_of
 from fedlink.errors import FedlinkError, Reason
 from fedserver.rounds.model import Phase, TaskState
-from fedserver.runtime import board
+from fedserver.runtime import aggregation, board
 from tests.support.server import (
     ONE,
     QUIET,
@@ -140,12 +143,46 @@ async def test_an_aggregation_that_fails_fails_the_round_and_not_the_run(fed: Se
     await fed.join("a")
     run = await fed.create(**ONE, **QUIET)
     adopt = fed.store.adopt
-    monkeypatch.setattr(fed.store, "adopt", lambda *_: (_ for _ in ()).throw(OSError("disk")))
+    monkeypatch.setattr(fed.store, "adopt", lambda *_: (_ for _ in ()).throw(KeyError("a defect")))
     await fed.train("a")
     await fed.until(lambda: fed.driver(run).round.attempt == 2, "the second attempt")
     monkeypatch.setattr(fed.store, "adopt", adopt)
     await fed.train("a")
     assert (await fed.ended(run)).version == 1
+
+
+LOCKED = OperationalError("UPDATE", {}, sqlite3.OperationalError("database is locked"))
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), MemoryError(), LOCKED])
+@pytest.mark.parametrize("where", ["store", "commit"])
+async def test_what_may_pass_is_waited_for_with_the_updates_kept(fed: Server, monkeypatch, error, where):
+    monkeypatch.setattr(aggregation, "_TRY_AGAIN_SECONDS", 0.2)
+    await fed.join("a")
+    run = await fed.create(cohort={"min_clients": 1, "round_attempts": 1}, **QUIET)
+    driver, tries = fed.driver(run), []
+
+    def refused(*_: Any) -> None:
+        tries.append(1)
+        raise error
+
+    async def refused_later(*_: Any) -> None:
+        refused()
+
+    patched = (fed.store, "adopt", refused) if where == "store" else (driver, "_commit_version", refused_later)
+    monkeypatch.setattr(*patched)
+    await fed.train("a")
+    await fed.until(lambda: len(tries) == 3, "three attempts")
+    assert spooled(fed) == 2
+    assert type(error).__name__ in driver.waiting()
+    assert "tried again" in driver.waiting()
+    fed.engine.drain()
+    await asyncio.wait_for(fed.engine.drained.wait(), 5)  # nobody knows how long that would be
+    fed.parts.board.draining = False
+    monkeypatch.undo()
+    ended = await fed.ended(run)
+    assert (ended.state, ended.version) == ("completed", 1)
+    assert spooled(fed) == 0
 
 
 async def test_a_commit_that_fails_leaves_nothing_behind_and_no_run_hanging(fed: Server, monkeypatch):
@@ -154,7 +191,7 @@ async def test_a_commit_that_fails_leaves_nothing_behind_and_no_run_hanging(fed:
     driver = fed.driver(run)
 
     async def broken(*_: Any) -> None:
-        raise OSError("database or disk is full")
+        raise KeyError("a defect")
 
     monkeypatch.setattr(driver, "_commit_version", broken)
     await fed.train("a")

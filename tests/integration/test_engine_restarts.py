@@ -10,10 +10,12 @@ import pytest
 
 from fedlink.blobs import Buffer
 from fedlink.errors import FedlinkError, Reason
-from fedserver.rounds.model import Phase
+from fedserver.rounds.model import Phase, TaskState
 from fedserver.store.queries import models as model_queries
+from fedserver.store.queries import runs as run_queries
 from fedserver.store.queries import tasks as task_queries
-from tests.support.server import ONE, QUIET, TWO, evaluate, server, spooled, stored_is_needed, weights
+from fedserver.store.rows import RunRow, TaskRow
+from tests.support.server import ONE, QUIET, TWO, Server, evaluate, server, spooled, stored_is_needed, weights
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ async def test_a_round_goes_on_after_a_restart_in_every_phase(data: Path, monkey
     async with server(data) as fed:  # COLLECT
         assert fed.driver(run).round.accepted == ("a",)
         await fed.join("b")
-        monkeypatch.setattr(fed.driver(run), "_aggregate", lambda _: asyncio.sleep(3600))
+        monkeypatch.setattr(fed.driver(run)._aggregation, "_attempt", lambda _: asyncio.sleep(3600))
         await fed.train("b")
         assert fed.driver(run).round.phase is Phase.AGGREGATE
     async with server(data) as fed:  # AGGREGATE
@@ -64,13 +66,54 @@ async def test_updates_of_a_round_that_ended_just_before_a_crash_are_deleted(dat
         await fed.import_model()
         await fed.join("a")
         run = await fed.create(rounds=2, **ONE, **QUIET)
-        monkeypatch.setattr(fed.driver(run)._tidying, "drop_updates", lambda _: asyncio.sleep(3600))
+        monkeypatch.setattr(fed.driver(run).tidying, "drop_updates", lambda _: asyncio.sleep(3600))
         await fed.train("a")
         await fed.version(run, 1)
         assert spooled(fed) == 2
     async with server(data) as fed:
         assert spooled(fed) == 0
         assert fed.driver(run).round.number == 2
+
+
+async def test_versions_of_a_run_that_ended_just_before_a_crash_are_retired(data: Path, monkeypatch):
+    async with server(data) as fed:
+        await fed.import_model()
+        await fed.join("a")
+        run = await fed.create(rounds=3, retention={"keep_versions": 1}, **ONE, **QUIET)
+        monkeypatch.setattr(fed.driver(run).tidying, "retire", lambda: None)
+        for _ in range(3):
+            await fed.train("a")
+        await fed.ended(run)
+        assert await kept_versions(fed, run) == [0, 1, 2, 3]
+    async with server(data) as fed:
+        await fed.until(lambda: not fed.engine._leavings, "old versions are gone")
+        assert await kept_versions(fed, run) == [3]
+        assert await stored_is_needed(fed)
+
+
+async def kept_versions(fed: Server, run: RunRow) -> list[int]:
+    return [v.number for v in await fed.database.run(lambda c: run_queries.list_versions(c, run.id))]
+
+
+async def test_a_run_fails_in_the_instant_its_last_attempt_does(data: Path, monkeypatch):
+    async with server(data) as fed:
+        await fed.import_model()
+        await fed.join("a")
+        run = await fed.create(cohort={"min_clients": 1, "round_attempts": 2, "task_retries": 0}, **QUIET)
+        first = await fed.task("a")
+        await fed.engine.driver_of(first).task_ended(first, TaskState.FAILED, {"reason": "CRASHED"})
+        assert fed.driver(run).round.attempt == 2
+    # Attempts of an earlier life count, and the crash comes before anything but the round's failure is done.
+    async with server(data) as fed:
+        await fed.join("a")
+        monkeypatch.setattr(fed.driver(run), "_leave", lambda: asyncio.sleep(0))
+        second = await fed.task("a")
+        await fed.engine.driver_of(second).task_ended(second, TaskState.FAILED, {"reason": "CRASHED"})
+    async with server(data) as fed:
+        assert fed.engine.driver(run.id) is None
+        after = await fed.engine.find(run.name)
+        assert (after.state, after.reason.split(",")[0]) == ("failed", "round 1 failed 2 times")
+        assert (await fed.events(run))[-2:] == ["round_failed", "run_ended"]
 
 
 async def test_an_update_lost_with_the_power_is_asked_for_until_it_is_there(data: Path):
@@ -145,6 +188,34 @@ async def test_a_manifest_that_rots_before_it_is_looked_at_is_sent_again(data: P
             await fed.complete(task, update)
         assert e.value.reason is Reason.BLOB_MISSING
         assert (await fed.complete(task, await fed.send(task))).accepted
+        assert (await fed.ended(run)).version == 1
+
+
+async def test_other_runs_go_on_while_an_update_is_hashed_anew(data: Path, monkeypatch):
+    async with server(data) as fed:
+        await fed.import_model()
+        await fed.join("a")
+        run = await fed.create(**ONE, **QUIET)
+        begun, done, reverify = asyncio.Event(), asyncio.Event(), fed.parts.versions.reverify
+
+        async def slowly(task: TaskRow) -> None:
+            begun.set()
+            await done.wait()
+            await reverify(task)
+
+        monkeypatch.setattr(fed.parts.versions, "reverify", slowly)
+        task = await fed.task("a")
+        update = await fed.send(task)
+        monkeypatch.setattr(fed.driver(run)._aggregation, "_attempt", lambda _: asyncio.sleep(0.2))
+        assert (await fed.complete(task, update)).accepted
+        for upload in await fed.database.run(task_queries.all_uploads):
+            flip(fed.spool.path(upload.id))
+        monkeypatch.delattr(fed.driver(run)._aggregation, "_attempt")
+        await begun.wait()
+        async with asyncio.timeout(5):
+            await fed.driver(run).tick(0.0)
+        done.set()
+        await fed.train("a")
         assert (await fed.ended(run)).version == 1
 
 

@@ -132,7 +132,7 @@ async def test_a_version_made_just_after_a_restart_is_measured_by_the_sites_that
         await fed.join("a", "b", "c")
         run = await fed.create(cohort={"min_clients": 3})
         await evaluate(fed, 0, a=0.1, b=0.1, c=0.1)
-        monkeypatch.setattr(fed.driver(run), "_aggregate", lambda _: asyncio.sleep(3600))
+        monkeypatch.setattr(fed.driver(run)._aggregation, "_attempt", lambda _: asyncio.sleep(3600))
         await fed.train("a", "b", "c")
     async with server(data) as fed:
         # Nobody is back yet when the aggregation is done again.
@@ -153,7 +153,7 @@ async def test_a_site_that_does_not_come_back_holds_an_evaluation_up_for_a_term_
         await fed.join("a", "b")
         run = await fed.create(cohort={"min_clients": 2})
         await evaluate(fed, 0, a=0.1, b=0.1)
-        monkeypatch.setattr(fed.driver(run), "_aggregate", lambda _: asyncio.sleep(3600))
+        monkeypatch.setattr(fed.driver(run)._aggregation, "_attempt", lambda _: asyncio.sleep(3600))
         await fed.train("a", "b")
     async with server(data) as fed:
         await fed.version(run, 1)

@@ -101,6 +101,15 @@ def list_rounds(c: Connection, run_id: int, *, after: int = 0, limit: int = 1 <<
     return [RoundRow.of(r) for r in c.execute(query)]
 
 
+def ended_with_too_many(c: Connection) -> list[RunRow]:
+    """Runs that have ended and may have versions which their retention does not keep."""
+    kept = select(versions.c.run_id, func.count().label("n")).where(versions.c.kept).group_by(versions.c.run_id)
+    counts = kept.subquery()
+    query = select(runs, counts.c.n).join(counts, counts.c.run_id == runs.c.id)
+    found = c.execute(query.where(runs.c.state.not_in(LIVE_STATES), counts.c.n > 1))
+    return [run for run, n in ((RunRow.of(r), r.n) for r in found) if n > run.parsed.retention.keep_versions]
+
+
 def insert_version(c: Connection, **values: Any) -> None:
     """Add a version."""
     c.execute(insert(versions).values(**values))
@@ -126,6 +135,14 @@ def save_version(c: Connection, run_id: int, number: int, **values: Any) -> None
 def add_event(c: Connection, run_id: int, kind: str, data: Mapping[str, Any], now: float) -> None:
     """Record that something happened, in the transaction that makes it so."""
     c.execute(insert(events).values(run_id=run_id, time=now, kind=kind, data=json.dumps(data)))
+
+
+def failures_in_a_row(c: Connection, run_id: int) -> int:
+    """How many attempts have failed since the last version, or since an operator had an ended run go on."""
+    ours = events.c.run_id == run_id
+    fresh = select(func.max(events.c.sequence)).where(ours, events.c.kind.in_(("round_committed", "run_extended")))
+    failed = (ours, events.c.kind == "round_failed", events.c.sequence > func.coalesce(fresh.scalar_subquery(), 0))
+    return int(c.execute(select(func.count()).select_from(events).where(*failed)).scalar_one())
 
 
 def events_after(c: Connection, run_id: int, sequence: int, limit: int = 500) -> list[EventRow]:
