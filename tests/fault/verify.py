@@ -61,7 +61,8 @@ class Record:
     def __init__(self, data_dir: Path, run: str) -> None:
         self._blobs, self._spool = data_dir / "blobs", data_dir / "spool"
         self._db = sqlite3.connect(f"file:{data_dir / 'fedserver.db'}?mode=ro", uri=True)
-        (self._run,) = self._one("SELECT id FROM runs WHERE name = ?", run)
+        self._run, spec = self._one("SELECT id, spec FROM runs WHERE name = ?", run)
+        self.keeps_updates = bool(json.loads(spec)["retention"]["keep_updates"])
 
     def close(self) -> None:
         self._db.close()
@@ -94,6 +95,11 @@ class Record:
             (self._run, version, attempt),
         ).fetchall()
         return [Update(r[1].hex(), r[2], r[3], r[4], self._files(r[0]), r[5].hex()) for r in rows]
+
+    def defects(self) -> list[str]:
+        """Why rounds failed by the server's own fault; nothing that a case does is one."""
+        rows = self._all("SELECT reason FROM rounds WHERE run_id = ? AND phase = 'failed'")
+        return [reason for (reason,) in rows if "an error in the server" in reason]
 
     def open_tasks(self) -> int:
         """Tasks that nobody will ever end, if the run has ended."""
@@ -157,6 +163,7 @@ def _examine_tasks(record: Record, acknowledged: Sequence[str], found: Findings)
         if not accepted[name]:
             found.updates_lost += 1
             found.remarks.append(f"task {name} was acknowledged and is not in the record")
+    found.remarks += record.defects()
     if left := record.open_tasks():
         found.remarks.append(f"{left} tasks are open although the run has ended")
 
@@ -187,7 +194,15 @@ def _examine_version(
     if {u.client: u.examples for u in updates} != dict(committed[version]):
         found.updates_lost += 1
         found.remarks.append(f"version {version} was made of {dict(committed[version])}, the record lists {counted}")
-    if version - 1 in kept and all(path.exists() for u in updates for path in u.directory.values()) and updates:
+    if record.keeps_updates:
+        if not updates or version - 1 not in kept:
+            found.updates_lost += 1
+            found.remarks.append(f"version {version} cannot be made anew: {len(updates)} updates, kept {sorted(kept)}")
+            return
+        if gone := [u.client for u in updates if not all(path.exists() for path in u.directory.values())]:
+            found.updates_lost += len(gone)
+            found.remarks.append(f"the updates of {', '.join(gone)} in round {version} are gone")
+            return
         base = _load(record.blob(kept[version - 1]), record.blob)
         _same(arrays, _refold(base, updates), f"version {version} is not the average of its updates", found)
 
