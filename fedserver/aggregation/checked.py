@@ -9,11 +9,14 @@ every open chunk, and until then the result must not be used.
 
 from __future__ import annotations
 
+import mmap
+import os
+from pathlib import Path
 from typing import Self
 
 import numpy as np
 
-from fedlink.blobs import CHUNK_SIZE, BlobRef, ChunkChecker, chunk_count, is_list_of
+from fedlink.blobs import CHUNK_SIZE, BlobRef, ChunkChecker, ChunkList, chunk_count, is_list_of
 from fedlink.errors import FedlinkError, Reason
 from fedlink.manifest import TensorEntry
 from fedlink.tensors import TensorError
@@ -69,7 +72,7 @@ class _File:
         self._holder = holder
         self._entry = holder.manifest.files[index]
         self._path = holder.files[index]
-        self._digests = holder.lists[index].read_bytes()
+        self._digests = _mapped(holder.lists[index])
         self._good = bytearray(chunk_count(self._entry.blob.size))
         if not is_list_of(self._digests, self._entry.blob):
             raise self._damaged("its chunk list has changed")
@@ -122,6 +125,12 @@ class _File:
             f"server's disk: {what}",
             metadata=_metadata(self._holder, blob),
         )
+
+
+def _mapped(path: Path) -> ChunkList:
+    """A chunk list where the page cache has it: a site may send one file as large as its model."""
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) if os.fstat(file.fileno()).st_size else b""
 
 
 def _metadata(holder: Holder, blob: BlobRef) -> dict[str, str]:

@@ -7,6 +7,7 @@ digest is BLAKE3 over the concatenated BLAKE3 digests of its chunks (types.proto
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -27,6 +28,8 @@ MAX_PROBE_BYTES = 32 << 20
 MAX_MESSAGE_BYTES = 4 << 20
 """Bytes in the largest gRPC message (gRPC's own default, kept as the guard)."""
 
+ChunkList = bytes | mmap.mmap
+"""The digests of a blob's chunks, one after the other; a mapped file where a long one would take memory."""
 Buffer = bytes | bytearray | memoryview
 """Anything that can be hashed or sent without a copy."""
 
@@ -47,12 +50,12 @@ def chunk_digest(chunk: Buffer) -> bytes:
     return blake3.blake3(chunk).digest()
 
 
-def digest_of_chunks(chunk_digests: bytes) -> bytes:
+def digest_of_chunks(chunk_digests: ChunkList) -> bytes:
     """The digest of the blob whose chunk digests, concatenated, are these."""
     return blake3.blake3(chunk_digests).digest()
 
 
-def is_list_of(chunk_digests: bytes, ref: BlobRef) -> bool:
+def is_list_of(chunk_digests: ChunkList, ref: BlobRef) -> bool:
     """Whether a chunk list has the length that the blob's size asks for, and gives its digest."""
     return len(chunk_digests) == DIGEST_SIZE * chunk_count(ref.size) and digest_of_chunks(chunk_digests) == ref.digest
 
@@ -153,7 +156,7 @@ class ChunkChecker:
         position: a multiple of CHUNK_SIZE.
     """
 
-    def __init__(self, chunk_digests: bytes, size: int, position: int = 0) -> None:
+    def __init__(self, chunk_digests: ChunkList, size: int, position: int = 0) -> None:
         self.position = position
         self._digests = chunk_digests
         self._size = size
