@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import secrets
 import shutil
 import threading
@@ -36,6 +37,7 @@ from fedserver.store.spool import Spool
 READ_SECONDS = 60.0
 """So long after it was read last, a version is not retired: an export fetches it piece by piece."""
 _FOLDS = 2
+_NO_LINKS = (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,8 +228,10 @@ class Versions:
     async def take_in(self, import_id: bytes, name: str, ref: BlobRef) -> ModelRow:
         """Turn the uploads of an import into a model; a repeat answers the same model.
 
+        Until the model is recorded the uploads stay, so that nothing has to be sent again.
+
         Raises:
-            FedlinkError: MODEL_EXISTS, BLOB_MISSING, BAD_MANIFEST.
+            FedlinkError: MODEL_EXISTS, BLOB_MISSING, BAD_MANIFEST, DISK_FULL, DISK_UNWRITABLE.
         """
         again = await self._db.run(lambda c: _same_model(c, name, ref))
         uploads = await self._db.run(lambda c: task_queries.import_uploads(c, import_id))
@@ -236,27 +240,11 @@ class Versions:
             await self.forget_uploads(uploads)
             return again
         async with self.blobs_lock:
-            manifest = await asyncio.to_thread(self._adopt_import, ref, uploads)
-
-            def work(c: Connection) -> ModelRow:
-                task_queries.delete_uploads(c, [u.id for u in uploads])
-                if (found := _same_model(c, name, ref)) is not None:
-                    return found
-                model_queries.insert_model(
-                    c,
-                    name=name,
-                    digest=ref.digest,
-                    manifest_size=ref.size,
-                    size=manifest.total_size,
-                    tensors=len(manifest.tensors),
-                    created=time.time(),
-                )
-                model_queries.add_refs(c, f"model:{name}", [ref.digest, *(f.blob.digest for f in manifest.files)])
-                row = model_queries.model(c, name)
-                assert row is not None
-                return row
-
-            row = await self._db.run(work)
+            try:
+                manifest = await asyncio.to_thread(self._adopt_import, ref, uploads)
+                row = await self._db.run(lambda c: _record_model(c, name, ref, manifest, uploads))
+            finally:
+                await self._collect({u.digest for u in uploads})
         await self.forget_uploads(uploads)
         self._log.info("imported", model=name, size=row.size, tensors=row.tensors)
         return row
@@ -272,10 +260,17 @@ class Versions:
             except TensorError as e:
                 raise FedlinkError(Reason.BAD_MANIFEST, f"file {manifest.files[index].name}: {e}") from None
         by_digest = {u.digest: u for u in uploads}
-        for blob in {f.blob for f in manifest.files} | {ref}:
-            upload = by_digest[blob.digest]
-            if not self._store.contains(blob.digest):
-                self._store.adopt(self._spool.path(upload.id), blob, self._spool.chunk_digests(upload.id))
+        links = self._scratch / f"import-{secrets.token_hex(8)}"
+        try:
+            with self._disk.used_for("imports"):
+                links.mkdir(parents=True)
+                for blob in {f.blob for f in manifest.files} | {ref}:
+                    upload = by_digest[blob.digest]
+                    if not self._store.contains(blob.digest):
+                        link = _linked(self._spool.path(upload.id), links / upload.id.hex())
+                        self._store.adopt(link, blob, self._spool.chunk_digests(upload.id))
+        finally:
+            shutil.rmtree(links, ignore_errors=True)
         return manifest
 
     # --- What goes
@@ -415,6 +410,37 @@ def _version_named(c: Connection, name: str, *, kept: bool) -> VersionRow:
         there = ", ".join(f"{run_name}@{v.number}" for v in run_queries.list_versions(c, run.id))
         raise FedlinkError(Reason.MODEL_NOT_FOUND, f"{name!r} is not kept; there is {there}")
     return version
+
+
+def _linked(path: Path, link: Path) -> Path:
+    """A second name for a file; where the file system has none, the file itself."""
+    try:
+        link.hardlink_to(path)
+    except OSError as e:
+        if e.errno not in _NO_LINKS:
+            raise
+        return path
+    return link
+
+
+def _record_model(c: Connection, name: str, ref: BlobRef, manifest: Manifest, uploads: Iterable[UploadRow]) -> ModelRow:
+    """The transaction that makes uploads a model."""
+    task_queries.delete_uploads(c, [u.id for u in uploads])
+    if (found := _same_model(c, name, ref)) is not None:
+        return found
+    model_queries.insert_model(
+        c,
+        name=name,
+        digest=ref.digest,
+        manifest_size=ref.size,
+        size=manifest.total_size,
+        tensors=len(manifest.tensors),
+        created=time.time(),
+    )
+    model_queries.add_refs(c, f"model:{name}", [ref.digest, *(f.blob.digest for f in manifest.files)])
+    row = model_queries.model(c, name)
+    assert row is not None
+    return row
 
 
 def _same_model(c: Connection, name: str, ref: BlobRef) -> ModelRow | None:

@@ -196,7 +196,8 @@ class Spool:
     def path(self, upload_id: bytes) -> Path:
         """Where the slot's bytes lie, if there is one.
 
-        A `BlobStore` may adopt the file when it is complete; then only `delete` is left to do with the slot.
+        A `BlobStore` may adopt the file, or a link to it, when it is complete; then only `delete` is left to do with
+        the slot.
 
         Raises:
             FedlinkError: UPLOAD_NOT_FOUND, for what is not an id.
