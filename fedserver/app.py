@@ -6,10 +6,11 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -28,6 +29,7 @@ from fedserver.runtime.board import TaskBoard
 from fedserver.runtime.completion import Completions
 from fedserver.runtime.engine import Engine
 from fedserver.runtime.events import EventFeed
+from fedserver.runtime.imports import expire_imports
 from fedserver.runtime.integrity import Integrity
 from fedserver.runtime.parts import Parts
 from fedserver.runtime.recovery import recover
@@ -116,6 +118,7 @@ async def running(settings: ServerSettings) -> AsyncIterator[App]:
         await parts.sites.load()
         await engine.start()
         stack.push_async_callback(engine.close)
+        await stack.enter_async_context(_meanwhile(expire_imports(database, parts.versions, spool)))
 
         limits = BulkLimits(streams=settings.bulk_streams, streams_per_caller=max(1, settings.bulk_streams // 2))
         certificates = Certificates(settings.tls) if settings.tls else None
@@ -163,6 +166,18 @@ async def running(settings: ServerSettings) -> AsyncIterator[App]:
             parts.board.drain()
             await asyncio.gather(sites_server.stop(_GRACE_SECONDS), admin_server.stop(_GRACE_SECONDS))
             socket.unlink(missing_ok=True)
+
+
+@contextlib.asynccontextmanager
+async def _meanwhile(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Let something go on until the context is left."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
 
 
 def _refused(cause: str, connections: int) -> None:

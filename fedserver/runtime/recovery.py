@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import time
 from pathlib import Path
 
 from sqlalchemy import Connection
@@ -18,6 +17,7 @@ from fedlink import log as logs
 from fedlink.errors import FedlinkError
 from fedserver.rounds.model import Phase, TaskState
 from fedserver.runtime import records
+from fedserver.runtime.imports import abandoned
 from fedserver.store.blobs import BlobStore
 from fedserver.store.database import Database
 from fedserver.store.queries import models as model_queries
@@ -25,8 +25,6 @@ from fedserver.store.queries import runs as run_queries
 from fedserver.store.queries import tasks as q
 from fedserver.store.rows import UploadRow
 from fedserver.store.spool import Spool
-
-_IMPORT_KEPT_SECONDS = 24 * 3600.0
 
 
 async def recover(database: Database, store: BlobStore, spool: Spool, scratch: Path) -> None:
@@ -37,7 +35,7 @@ async def recover(database: Database, store: BlobStore, spool: Spool, scratch: P
     log = logs.get("recovery")
     boot = await asyncio.to_thread(_boot_id)
     previous = await database.run(lambda c: model_queries.get_meta(c, "boot_id"))
-    uploads = await database.run(_expire_uploads)
+    uploads = await database.run(lambda c: _expire_uploads(c, spool))
     known = {u.id for u in uploads}
     needed = await database.run(model_queries.needed)
 
@@ -70,11 +68,10 @@ def _boot_id() -> str:
         return ""
 
 
-def _expire_uploads(c: Connection) -> list[UploadRow]:
-    """Forget imports that nobody finished, and updates of rounds that ended just before the server did."""
+def _expire_uploads(c: Connection, spool: Spool) -> list[UploadRow]:
+    """Forget imports that nobody goes on with, and updates of rounds that ended just before the server did."""
     uploads = q.all_uploads(c)
-    limit = time.time() - _IMPORT_KEPT_SECONDS
-    old = {u.id for u in uploads if u.import_id is not None and u.created < limit}
+    old = abandoned(uploads, spool)
     done = {task_id: _is_done_with(c, task_id) for task_id in {u.task_id for u in uploads if u.task_id is not None}}
     old |= {u.id for u in uploads if u.task_id is not None and done[u.task_id]}
     q.delete_uploads(c, old)

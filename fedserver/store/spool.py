@@ -169,6 +169,17 @@ class Spool:
         """
         return self._slot(upload_id).committed
 
+    def moved(self, upload_id: bytes) -> float:
+        """When the mark moved last, in seconds since the epoch.
+
+        Raises:
+            FedlinkError: UPLOAD_NOT_FOUND.
+        """
+        try:
+            return (self._directory(upload_id) / "state").stat().st_mtime
+        except FileNotFoundError:
+            raise _not_found(upload_id) from None
+
     def complete(self, upload_id: bytes) -> bool:
         """Whether the whole blob is here; False also if there is no such slot."""
         try:
