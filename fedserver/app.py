@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +78,14 @@ async def serve(settings: ServerSettings) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with running(settings) as app:
+    async with contextlib.AsyncExitStack() as stack:
+        starting = asyncio.ensure_future(stack.enter_async_context(running(settings)))
+        # After a power loss it has every upload to look at first.
+        await _first_of(starting, stop.wait())
+        if starting.cancelled():
+            logs.get("server").info("stopped before it served")
+            return
+        app = starting.result()
         logs.get("server").info(
             "serving",
             sites=app.address,
@@ -87,11 +94,17 @@ async def serve(settings: ServerSettings) -> None:
             version=fedlink.__version__,
             pid=os.getpid(),
         )
-        ends = [asyncio.ensure_future(event.wait()) for event in (stop, app.drained)]
-        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        for end in ends:
-            end.cancel()
+        await _first_of(stop.wait(), app.drained.wait())
         logs.get("server").info("stopping", drained=app.drained.is_set())
+
+
+async def _first_of(*works: Awaitable[object]) -> None:
+    """Wait until one is over; the others are cancelled."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
 
 
 @contextlib.asynccontextmanager

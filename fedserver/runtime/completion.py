@@ -18,6 +18,7 @@ from fedserver.runtime.board import Claim, OpenTask, TaskBoard, Verdict, closed
 from fedserver.runtime.engine import Engine
 from fedserver.runtime.uploads import TaskBlobAccess, max_update_bytes
 from fedserver.runtime.versions import Versions
+from fedserver.runtime.wanted import Unwanted, while_wanted
 from fedserver.store.database import Database
 from fedserver.store.queries import tasks as q
 from fedserver.store.rows import TaskRow
@@ -26,7 +27,7 @@ MAX_EXAMPLES = 1 << 53
 """Larger weights are not exact in float64."""
 _MAX_METRICS = 64
 # Bytes that were not sent are the site's to send, not a verdict on the update.
-_NOT_A_VERDICT = (Reason.BLOB_MISSING, Reason.INTERNAL)
+_NOT_A_VERDICT = (Reason.BLOB_MISSING, Reason.DRAINING, Reason.INTERNAL)
 
 
 class Completions:
@@ -131,7 +132,7 @@ class Completions:
         await driver.task_changed(task, TaskState.CHECKING)
         spec = task.run.parsed
 
-        def check() -> None:
+        def check(unwanted: Unwanted) -> None:
             what = f"the update of client {task.client!r}"
             update = self._versions.uploaded(claim.update_digest, uploads, what)
             check_update(
@@ -141,11 +142,12 @@ class Completions:
                 kind=spec.update_kind,
                 update_dtype=WIRE_DTYPES[spec.update_dtype],
                 max_bytes=max_update_bytes(model, spec),
+                unwanted=unwanted,
             )
 
         try:
             async with self._slots:
-                await asyncio.to_thread(check)
+                await while_wanted(check)
         except FedlinkError as e:
             if e.reason is Reason.BLOB_CORRUPT:
                 await self._versions.reverify(task.row)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from fedlink import log as logs
 from fedlink.blobs import BlobRef
 from fedlink.errors import FedlinkError, Reason
 from fedserver.runtime.versions import Versions
+from fedserver.runtime.wanted import Unwanted, while_wanted
 from fedserver.store.blobs import BlobStore
 from fedserver.store.database import Database
 from fedserver.store.queries import models as model_queries
@@ -93,7 +95,7 @@ class Integrity:
 
     async def _damage(self, name: str, digest: bytes, known: dict[bytes, str]) -> str:
         if digest not in known:
-            damage = await asyncio.to_thread(self._look, digest)
+            damage = await while_wanted(functools.partial(self._look, digest))
             if damage:
                 # It may have been retired meanwhile; then nothing is wrong with it, and nothing known of the blob.
                 await self._versions.find(name)
@@ -101,11 +103,11 @@ class Integrity:
             known[digest] = damage
         return known[digest]
 
-    def _look(self, digest: bytes) -> str:
+    def _look(self, digest: bytes, unwanted: Unwanted) -> str:
         """Hash a blob again; what is wrong with it. Blocking."""
         blob = f"Blob {digest.hex()[:12]}"
         try:
-            self._store.verify(digest)
+            self._store.verify(digest, unwanted)
         except OSError as e:
             why = e.strerror or type(e).__name__
             return f"{blob} cannot be read from the server's disk ({why}); look after the disk, then restore it."

@@ -7,7 +7,6 @@ import contextlib
 import errno
 import secrets
 import shutil
-import threading
 import time
 from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from fedlink.tensors import Kind, TensorError, read_header
 from fedserver.aggregation.fold import aggregate
 from fedserver.aggregation.pipeline import Contribution, ModelFiles, NewVersion
 from fedserver.aggregation.presets import pipeline_for
+from fedserver.runtime.wanted import Unwanted, while_wanted
 from fedserver.runtime.whole import whole
 from fedserver.store.blobs import BlobStore, read_blob
 from fedserver.store.database import Database
@@ -67,6 +67,18 @@ def is_whole(spool: Spool, upload_id: bytes) -> bool:
     """Whether all bytes of an upload are here; a slot that a power loss took is not. Blocking."""
     try:
         return spool.complete(upload_id)
+    except FedlinkError:
+        return False
+
+
+def is_as_sent(spool: Spool, upload_id: bytes, unwanted: Unwanted) -> bool:
+    """Hash an upload again; whether it is as far as it was. Blocking.
+
+    If not, or damaged beyond use, it goes on from where it is right, or is begun anew.
+    """
+    try:
+        before = spool.committed(upload_id)
+        return spool.reverify(upload_id, unwanted) == before
     except FedlinkError:
         return False
 
@@ -117,15 +129,14 @@ class Versions:
         uploads = await self._db.run(lambda c: task_queries.task_uploads(c, [t.id for t in tasks]))
         # Never that of an attempt before, which a disk that could not be written may have kept.
         out_dir = self._scratch / f"{scratch_name}-{secrets.token_hex(4)}"
-        over = threading.Event()
 
-        def fold() -> NewVersion:
+        def fold(unwanted: Unwanted) -> NewVersion:
             with self._disk.used_for("the next version"):
                 out_dir.mkdir(parents=True)
                 contributions = [self._contribution(t, [u for u in uploads if u.task_id == t.id]) for t in tasks]
                 master = self.files_of(base.master_digest) if base.master_digest else None
                 model, pipeline = self.files_of(base.digest), pipeline_for(run.parsed)
-                return aggregate(model, master, contributions, pipeline, out_dir, unwanted=over.is_set)
+                return aggregate(model, master, contributions, pipeline, out_dir, unwanted=unwanted)
 
         def store(new: NewVersion) -> StoredVersion:
             with self._disk.used_for("the next version"):
@@ -133,7 +144,7 @@ class Versions:
 
         try:
             async with self._folds:
-                new = await asyncio.to_thread(fold)
+                new = await while_wanted(fold)
             async with self.blobs_lock:
                 digests = {f.entry.blob.digest for f in new.files}
                 try:
@@ -143,8 +154,6 @@ class Versions:
                 finally:
                     await self._collect(digests)
         finally:
-            # A thread cannot be cancelled: a server that stops would wait for it to the last byte.
-            over.set()
             await asyncio.to_thread(shutil.rmtree, out_dir, True)
 
     def _contribution(self, task: TaskRow, uploads: Sequence[UploadRow]) -> Contribution:
@@ -180,17 +189,14 @@ class Versions:
 
     # --- What was uploaded
 
-    async def reverify(self, task: TaskRow) -> None:
-        """Hash the uploads of a task again, so that its site sends what is not right any more."""
+    async def reverify(self, task: TaskRow) -> bool:
+        """Hash the uploads of a task again, so that its site sends what is not right any more.
+
+        Returns:
+            Whether everything is as it was sent.
+        """
         uploads = await self._db.run(lambda c: task_queries.task_uploads(c, [task.id]))
-
-        def work() -> None:
-            for upload in uploads:
-                # Gone, or damaged beyond use: it is begun anew.
-                with contextlib.suppress(FedlinkError):
-                    self._spool.reverify(upload.id)
-
-        await asyncio.to_thread(work)
+        return all(await while_wanted(lambda unwanted: [is_as_sent(self._spool, u.id, unwanted) for u in uploads]))
 
     def uploaded(self, digest: bytes, uploads: Sequence[UploadRow], what: str) -> ModelFiles:
         """A manifest among uploads, and its files. Blocking.
