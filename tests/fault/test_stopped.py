@@ -82,6 +82,8 @@ def test_while_it_looks_at_its_models(federation: Federation) -> None:
     federation.callback(verify.clean)
     assert federation.server is not None
     until_read(federation.server.pid, 64 * CHUNK_SIZE)
+    # What it is through with it has told.
+    until(lambda: "small  2 files are as they were stored\n" in verify.text(), "the first model to be named")
     assert verify.running
     assert federation.server.stop() == 0
     assert verify.wait() == 3
