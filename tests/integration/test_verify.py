@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -43,12 +43,12 @@ async def test_damage_is_not_forgotten_when_the_version_that_showed_it_goes(
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     verify, loop, looks = fed.store.verify, asyncio.get_running_loop(), []
 
-    def as_it_goes(digest: bytes) -> None:
+    def as_it_goes(digest: bytes, unwanted: Callable[[], bool]) -> None:
         if digest.hex() == path.name and path.name not in looks:
             retired = fed.database.run(lambda c: run_queries.save_version(c, run.id, 1, kept=False))
             asyncio.run_coroutine_threadsafe(retired, loop).result(10)
         looks.append(digest.hex())
-        verify(digest)
+        verify(digest, unwanted)
 
     monkeypatch.setattr(fed.store, "verify", as_it_goes)
     (found,) = await damaged(fed)
