@@ -6,10 +6,11 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -28,6 +29,7 @@ from fedserver.runtime.board import TaskBoard
 from fedserver.runtime.completion import Completions
 from fedserver.runtime.engine import Engine
 from fedserver.runtime.events import EventFeed
+from fedserver.runtime.imports import expire_imports
 from fedserver.runtime.integrity import Integrity
 from fedserver.runtime.parts import Parts
 from fedserver.runtime.recovery import recover
@@ -76,7 +78,14 @@ async def serve(settings: ServerSettings) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with running(settings) as app:
+    async with contextlib.AsyncExitStack() as stack:
+        starting = asyncio.ensure_future(stack.enter_async_context(running(settings)))
+        # After a power loss it has every upload to look at first.
+        await _first_of(starting, stop.wait())
+        if starting.cancelled():
+            logs.get("server").info("stopped before it served")
+            return
+        app = starting.result()
         logs.get("server").info(
             "serving",
             sites=app.address,
@@ -85,11 +94,17 @@ async def serve(settings: ServerSettings) -> None:
             version=fedlink.__version__,
             pid=os.getpid(),
         )
-        ends = [asyncio.ensure_future(event.wait()) for event in (stop, app.drained)]
-        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        for end in ends:
-            end.cancel()
+        await _first_of(stop.wait(), app.drained.wait())
         logs.get("server").info("stopping", drained=app.drained.is_set())
+
+
+async def _first_of(*works: Awaitable[object]) -> None:
+    """Wait until one is over; the others are cancelled."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
 
 
 @contextlib.asynccontextmanager
@@ -116,6 +131,7 @@ async def running(settings: ServerSettings) -> AsyncIterator[App]:
         await parts.sites.load()
         await engine.start()
         stack.push_async_callback(engine.close)
+        await stack.enter_async_context(_meanwhile(expire_imports(database, parts.versions, spool)))
 
         limits = BulkLimits(streams=settings.bulk_streams, streams_per_caller=max(1, settings.bulk_streams // 2))
         certificates = Certificates(settings.tls) if settings.tls else None
@@ -163,6 +179,18 @@ async def running(settings: ServerSettings) -> AsyncIterator[App]:
             parts.board.drain()
             await asyncio.gather(sites_server.stop(_GRACE_SECONDS), admin_server.stop(_GRACE_SECONDS))
             socket.unlink(missing_ok=True)
+
+
+@contextlib.asynccontextmanager
+async def _meanwhile(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Let something go on until the context is left."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
 
 
 def _refused(cause: str, connections: int) -> None:

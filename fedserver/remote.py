@@ -85,14 +85,15 @@ class Admin:
                 return items
             request.page_token = page.next_page_token
 
-    async def stream(self, method: Callable[..., Any], request: Message) -> list[Any]:
-        """Everything that a streaming call answers.
+    async def stream(self, method: Callable[..., Any], request: Message) -> AsyncIterator[Any]:
+        """What a streaming call answers, as it comes.
 
         Raises:
             FedlinkError: as for `call`.
         """
         try:
-            return [item async for item in method(request)]
+            async for item in method(request):
+                yield item
         except grpc.aio.AioRpcError as e:
             raise self._explained(rpc.from_rpc_error(e)) from None
 

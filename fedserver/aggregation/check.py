@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,14 @@ _HEADER_SLACK = 64 << 10
 
 
 def check_update(
-    model: Manifest, update: Manifest, files: Sequence[Path], *, kind: Kind, update_dtype: str, max_bytes: int
+    model: Manifest,
+    update: Manifest,
+    files: Sequence[Path],
+    *,
+    kind: Kind,
+    update_dtype: str,
+    max_bytes: int,
+    unwanted: Callable[[], bool] = lambda: False,
 ) -> None:
     """Check an update before it counts: one pass over its files in windows of 1 MiB. Blocking.
 
@@ -34,10 +41,12 @@ def check_update(
         kind: DELTA or GRADIENT, as the run's strategy wants.
         update_dtype: safetensors dtype of deltas and gradients (one of `tensors.UPDATE_DTYPES`).
         max_bytes: the most bytes all files together may have.
+        unwanted: asked before every window; once it says so, the pass ends.
 
     Raises:
         FedlinkError: BAD_MANIFEST, TOO_LARGE, TENSOR_MISSING, TENSOR_UNEXPECTED, SHAPE_MISMATCH,
-            DTYPE_MISMATCH or NOT_FINITE, with the tensor's name in the metadata (`tensor`) where one is at fault.
+            DTYPE_MISMATCH or NOT_FINITE, with the tensor's name in the metadata (`tensor`) where one is at fault;
+            BLOB_CORRUPT if a file is shorter than it was; DRAINING if the verdict is not wanted any more.
         OSError: a file cannot be read.
     """
     _check_tensors(model, update, kind, update_dtype, max_bytes)
@@ -48,7 +57,7 @@ def check_update(
         for index, path in enumerate(files):
             _check_header(update, index, path)
             for entry in update.in_file(index):
-                _check_values(reader, files, entry, window)
+                _check_values(reader, files, entry, window, unwanted)
 
 
 def _check_tensors(model: Manifest, update: Manifest, kind: Kind, update_dtype: str, max_bytes: int) -> None:
@@ -108,9 +117,13 @@ def _most_header_bytes(spec: TensorSpec) -> int:
     return 6 * len(spec.name.encode()) + 24 * len(spec.shape) + 256
 
 
-def _check_values(reader: ShardReader, files: Sequence[Path], entry: TensorEntry, window: Raw) -> None:
+def _check_values(
+    reader: ShardReader, files: Sequence[Path], entry: TensorEntry, window: Raw, unwanted: Callable[[], bool]
+) -> None:
     spec = entry.spec
     for start, length in windows(spec.nbytes, WINDOW_BYTES):
+        if unwanted():
+            raise FedlinkError(Reason.DRAINING, "the check of the update is not wanted any more: the server stops")
         raw = window[:length]
         reader.read(files, entry, start, raw.data)
         if not sound(raw, spec.dtype):

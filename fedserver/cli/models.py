@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -115,15 +116,36 @@ def verify(
     data_dir: DataDir = DATA_DIR,
 ) -> None:
     """Hash the stored files again on the server, and name those that are damaged; exit code 1 if there are any."""
-    files = with_admin(data_dir, lambda a: a.stream(a.stub.VerifyModels, pb.VerifyModelsRequest(name=name)))
-    damaged = [f for f in files if f.damage]
-    columns = [("model", lambda f: f.model), ("file", lambda f: f.file), ("damage", lambda f: f.damage)]
-    if as_json or damaged:
-        print_list(files if as_json else damaged, columns, as_json=as_json)
+    files: list[pb.VerifyModelsResponse] = []
+
+    async def work(admin: Admin) -> None:
+        async for found in admin.stream(admin.stub.VerifyModels, pb.VerifyModelsRequest(name=name)):
+            if not as_json:
+                _tell(files, found)
+            files.append(found)
+
+    with_admin(data_dir, work)
+    if as_json:
+        print_list(files, [], as_json=True)
+    else:
+        _tell(files, None)
+    damaged = sum(bool(f.damage) for f in files)
     if damaged:
-        raise FedlinkError(Reason.FAILED, f"{len(damaged)} of {len(files)} files are damaged")
+        raise FedlinkError(Reason.FAILED, f"{damaged} of {len(files)} files are damaged")
     if not as_json:
         typer.echo(f"{len(files)} files of {len({f.model for f in files})} models are as they were stored")
+
+
+def _tell(before: Sequence[pb.VerifyModelsResponse], found: pb.VerifyModelsResponse | None) -> None:
+    """Say what a look has found, a line for each damaged file, and one for each model when it is through with it."""
+    model = before[-1].model if before else ""
+    if model and (found is None or found.model != model):
+        damages = [f.damage for f in before if f.model == model]
+        good = damages.count("")
+        of_them = "" if good == len(damages) else f" of {len(damages)}"
+        typer.echo(f"{model}  {good}{of_them} files are as they were stored")
+    if found is not None and found.damage:
+        typer.echo(f"{found.model}  {found.file}  {found.damage}")
 
 
 def _progress(what: str) -> Progress:

@@ -18,6 +18,7 @@ from fedserver.runtime.board import Claim, OpenTask, TaskBoard, Verdict, closed
 from fedserver.runtime.engine import Engine
 from fedserver.runtime.uploads import TaskBlobAccess, max_update_bytes
 from fedserver.runtime.versions import Versions
+from fedserver.runtime.wanted import Unwanted, while_wanted
 from fedserver.store.database import Database
 from fedserver.store.queries import tasks as q
 from fedserver.store.rows import TaskRow
@@ -25,8 +26,10 @@ from fedserver.store.rows import TaskRow
 MAX_EXAMPLES = 1 << 53
 """Larger weights are not exact in float64."""
 _MAX_METRICS = 64
+# What a bit that has turned on the server's disk may look like.
+_OF_THE_BYTES = (Reason.BAD_MANIFEST, Reason.BLOB_CORRUPT, Reason.NOT_FINITE)
 # Bytes that were not sent are the site's to send, not a verdict on the update.
-_NOT_A_VERDICT = (Reason.BLOB_MISSING, Reason.INTERNAL)
+_NOT_A_VERDICT = (Reason.BLOB_MISSING, Reason.DRAINING, Reason.INTERNAL)
 
 
 class Completions:
@@ -131,7 +134,7 @@ class Completions:
         await driver.task_changed(task, TaskState.CHECKING)
         spec = task.run.parsed
 
-        def check() -> None:
+        def check(unwanted: Unwanted) -> None:
             what = f"the update of client {task.client!r}"
             update = self._versions.uploaded(claim.update_digest, uploads, what)
             check_update(
@@ -141,19 +144,40 @@ class Completions:
                 kind=spec.update_kind,
                 update_dtype=WIRE_DTYPES[spec.update_dtype],
                 max_bytes=max_update_bytes(model, spec),
+                unwanted=unwanted,
             )
 
-        try:
-            async with self._slots:
-                await asyncio.to_thread(check)
-        except FedlinkError as e:
-            if e.reason is Reason.BLOB_CORRUPT:
-                await self._versions.reverify(task.row)
-                raise FedlinkError(Reason.BLOB_MISSING, f"{e.message}; send it again, then repeat the call") from None
-            if e.reason in _NOT_A_VERDICT:
-                raise
-            return Verdict(accepted=False, reason=e.reason.name, tensor=e.metadata.get("tensor", ""), message=str(e))
+        async with self._slots:
+            try:
+                await while_wanted(check)
+            except FedlinkError as e:
+                if e.reason in _NOT_A_VERDICT:
+                    raise
+                await self._rule_out_the_disk(task, e)
+                tensor = e.metadata.get("tensor", "")
+                return Verdict(accepted=False, reason=e.reason.name, tensor=tensor, message=str(e))
         return Verdict(accepted=True)
+
+    async def _rule_out_the_disk(self, task: OpenTask, error: FedlinkError) -> None:
+        """Return if the site is to blame for what a check found.
+
+        Raises:
+            FedlinkError: BLOB_MISSING; what is stored is not what the site sent.
+        """
+        if error.reason not in _OF_THE_BYTES:
+            return
+        as_sent = await self._versions.reverify(task.row)
+        if as_sent and error.reason is not Reason.BLOB_CORRUPT:
+            return
+        self._log.error(
+            "a stored update is damaged",
+            run=task.run.name,
+            round=task.row.round,
+            client=task.client,
+            because=error.message,
+        )
+        what = f"the update of client {task.client!r} has changed on the server's disk"
+        raise FedlinkError(Reason.BLOB_MISSING, f"{what}; send it again, then repeat the call")
 
 
 def read_claim(

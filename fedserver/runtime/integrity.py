@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
@@ -12,12 +13,11 @@ from fedlink import log as logs
 from fedlink.blobs import BlobRef
 from fedlink.errors import FedlinkError, Reason
 from fedserver.runtime.versions import Versions
+from fedserver.runtime.wanted import Unwanted, while_wanted
 from fedserver.store.blobs import BlobStore
 from fedserver.store.database import Database
 from fedserver.store.queries import models as model_queries
 from fedserver.store.queries import runs as run_queries
-
-_DAMAGE = (Reason.BLOB_CORRUPT, Reason.BLOB_NOT_FOUND)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,20 +95,29 @@ class Integrity:
 
     async def _damage(self, name: str, digest: bytes, known: dict[bytes, str]) -> str:
         if digest not in known:
-            known[digest] = ""
-            try:
-                await asyncio.to_thread(self._store.verify, digest)
-            except FedlinkError as e:
-                if e.reason not in _DAMAGE:
-                    raise
-                await self._versions.find(name)  # it may have been retired meanwhile, and then nothing is wrong
-                known[digest] = e.message if e.reason is Reason.BLOB_CORRUPT else _missing(digest)
-                await self.note(digest, FedlinkError(Reason.BLOB_CORRUPT, known[digest]))
+            damage = await while_wanted(functools.partial(self._look, digest))
+            if damage:
+                # It may have been retired meanwhile; then nothing is wrong with it, and nothing known of the blob.
+                await self._versions.find(name)
+                await self.note(digest, FedlinkError(Reason.BLOB_CORRUPT, damage))
+            known[digest] = damage
         return known[digest]
 
-
-def _missing(digest: bytes) -> str:
-    return f"Blob {digest.hex()[:12]} is not on the server's disk; restore it from a backup."
+    def _look(self, digest: bytes, unwanted: Unwanted) -> str:
+        """Hash a blob again; what is wrong with it. Blocking."""
+        blob = f"Blob {digest.hex()[:12]}"
+        try:
+            self._store.verify(digest, unwanted)
+        except OSError as e:
+            why = e.strerror or type(e).__name__
+            return f"{blob} cannot be read from the server's disk ({why}); look after the disk, then restore it."
+        except FedlinkError as e:
+            if e.reason is Reason.BLOB_NOT_FOUND:
+                return f"{blob} is not on the server's disk; restore it from a backup."
+            if e.reason is not Reason.BLOB_CORRUPT:
+                raise
+            return e.message
+        return ""
 
 
 def _all_names(c: Connection) -> list[str]:

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import time
 from pathlib import Path
 
 from sqlalchemy import Connection
 
 from fedlink import log as logs
-from fedlink.errors import FedlinkError
 from fedserver.rounds.model import Phase, TaskState
 from fedserver.runtime import records
+from fedserver.runtime.imports import abandoned
+from fedserver.runtime.versions import is_as_sent
+from fedserver.runtime.wanted import Unwanted, while_wanted
 from fedserver.store.blobs import BlobStore
 from fedserver.store.database import Database
 from fedserver.store.queries import models as model_queries
@@ -25,8 +26,6 @@ from fedserver.store.queries import runs as run_queries
 from fedserver.store.queries import tasks as q
 from fedserver.store.rows import UploadRow
 from fedserver.store.spool import Spool
-
-_IMPORT_KEPT_SECONDS = 24 * 3600.0
 
 
 async def recover(database: Database, store: BlobStore, spool: Spool, scratch: Path) -> None:
@@ -37,11 +36,11 @@ async def recover(database: Database, store: BlobStore, spool: Spool, scratch: P
     log = logs.get("recovery")
     boot = await asyncio.to_thread(_boot_id)
     previous = await database.run(lambda c: model_queries.get_meta(c, "boot_id"))
-    uploads = await database.run(_expire_uploads)
+    uploads = await database.run(lambda c: _expire_uploads(c, spool))
     known = {u.id for u in uploads}
     needed = await database.run(model_queries.needed)
 
-    def sweep() -> tuple[int, list[UploadRow]]:
+    def sweep(unwanted: Unwanted) -> tuple[int, list[UploadRow]]:
         scratch.mkdir(parents=True, exist_ok=True)
         for left in scratch.iterdir():
             shutil.rmtree(left, ignore_errors=True)
@@ -51,10 +50,12 @@ async def recover(database: Database, store: BlobStore, spool: Spool, scratch: P
         garbage = [d for d in store.digests() if d not in needed]
         for digest in garbage:
             store.delete(digest)
-        torn = [] if previous in (None, boot) and boot else [u for u in uploads if not _whole(spool, u)]
+        torn = (
+            [] if previous in (None, boot) and boot else [u for u in uploads if not is_as_sent(spool, u.id, unwanted)]
+        )
         return len(stray) + len(garbage), torn
 
-    swept, torn = await asyncio.to_thread(sweep)
+    swept, torn = await while_wanted(sweep)
     reopened = await database.run(lambda c: _reopen(c, torn))
     if boot != previous:  # nothing is written that need not be: the disk may be full
         await database.run(lambda c: model_queries.set_meta(c, "boot_id", boot))
@@ -70,11 +71,10 @@ def _boot_id() -> str:
         return ""
 
 
-def _expire_uploads(c: Connection) -> list[UploadRow]:
-    """Forget imports that nobody finished, and updates of rounds that ended just before the server did."""
+def _expire_uploads(c: Connection, spool: Spool) -> list[UploadRow]:
+    """Forget imports that nobody goes on with, and updates of rounds that ended just before the server did."""
     uploads = q.all_uploads(c)
-    limit = time.time() - _IMPORT_KEPT_SECONDS
-    old = {u.id for u in uploads if u.import_id is not None and u.created < limit}
+    old = abandoned(uploads, spool)
     done = {task_id: _is_done_with(c, task_id) for task_id in {u.task_id for u in uploads if u.task_id is not None}}
     old |= {u.id for u in uploads if u.task_id is not None and done[u.task_id]}
     q.delete_uploads(c, old)
@@ -88,15 +88,6 @@ def _is_done_with(c: Connection, task_id: int) -> bool:
         return False
     kept = run_queries.run_by_id(c, task.run_id).parsed.retention.keep_updates
     return found.phase == Phase.FAILED or not kept
-
-
-def _whole(spool: Spool, upload: UploadRow) -> bool:
-    """Hash an upload again; whether it is as far as it was."""
-    try:
-        before = spool.committed(upload.id)
-        return spool.reverify(upload.id) == before
-    except FedlinkError:
-        return False
 
 
 def _reopen(c: Connection, torn: list[UploadRow]) -> int:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from sqlalchemy import Connection
 
@@ -74,7 +75,8 @@ class TaskBlobAccess:
         self._integrity = integrity
         self._manifests: dict[bytes, Manifest] = {}
         self._starting = asyncio.Lock()
-        self._tokens: dict[bytes, bytes] = {}
+        # Of an upload nothing is to be remembered once its task is over: the board has let it go then.
+        self._tasks: WeakValueDictionary[bytes, OpenTask] = WeakValueDictionary()
 
     async def model_manifest(self, digest: bytes) -> Manifest:
         """The manifest of a published model; the last few are kept parsed."""
@@ -143,7 +145,7 @@ class TaskBlobAccess:
         async with self._starting:
             upload_id = await self._find_or_create(caller, purpose, task, ref, chunk_digests)
         if task is not None and self._board.get(task.token) is task:
-            self._tokens[upload_id] = task.token
+            self._tasks[upload_id] = task
             task.sending = True
         return upload_id
 
@@ -210,7 +212,7 @@ class TaskBlobAccess:
     def forget(self, upload_ids: Iterable[bytes]) -> None:
         """Stop accounting for uploads that are deleted."""
         for upload_id in upload_ids:
-            self._tokens.pop(upload_id, None)
+            self._tasks.pop(upload_id, None)
 
     def count_read(self, task_token: bytes, nbytes: int) -> None:
         """See `BlobAccess`."""
@@ -220,7 +222,7 @@ class TaskBlobAccess:
 
     def count_written(self, upload_id: bytes, nbytes: int) -> None:
         """See `BlobAccess`."""
-        task = self._board.get(self._tokens.get(upload_id, b""))
+        task = self._tasks.get(upload_id)
         if task is not None:
             task.bytes_up += nbytes
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import secrets
 import shutil
-import threading
 import time
 from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +23,7 @@ from fedlink.tensors import Kind, TensorError, read_header
 from fedserver.aggregation.fold import aggregate
 from fedserver.aggregation.pipeline import Contribution, ModelFiles, NewVersion
 from fedserver.aggregation.presets import pipeline_for
+from fedserver.runtime.wanted import Unwanted, while_wanted
 from fedserver.runtime.whole import whole
 from fedserver.store.blobs import BlobStore, read_blob
 from fedserver.store.database import Database
@@ -36,6 +37,7 @@ from fedserver.store.spool import Spool
 READ_SECONDS = 60.0
 """So long after it was read last, a version is not retired: an export fetches it piece by piece."""
 _FOLDS = 2
+_NO_LINKS = (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,18 @@ def is_whole(spool: Spool, upload_id: bytes) -> bool:
     """Whether all bytes of an upload are here; a slot that a power loss took is not. Blocking."""
     try:
         return spool.complete(upload_id)
+    except FedlinkError:
+        return False
+
+
+def is_as_sent(spool: Spool, upload_id: bytes, unwanted: Unwanted) -> bool:
+    """Hash an upload again; whether it is as far as it was. Blocking.
+
+    If not, or damaged beyond use, it goes on from where it is right, or is begun anew.
+    """
+    try:
+        before = spool.committed(upload_id)
+        return spool.reverify(upload_id, unwanted) == before
     except FedlinkError:
         return False
 
@@ -115,15 +129,14 @@ class Versions:
         uploads = await self._db.run(lambda c: task_queries.task_uploads(c, [t.id for t in tasks]))
         # Never that of an attempt before, which a disk that could not be written may have kept.
         out_dir = self._scratch / f"{scratch_name}-{secrets.token_hex(4)}"
-        over = threading.Event()
 
-        def fold() -> NewVersion:
+        def fold(unwanted: Unwanted) -> NewVersion:
             with self._disk.used_for("the next version"):
                 out_dir.mkdir(parents=True)
                 contributions = [self._contribution(t, [u for u in uploads if u.task_id == t.id]) for t in tasks]
                 master = self.files_of(base.master_digest) if base.master_digest else None
                 model, pipeline = self.files_of(base.digest), pipeline_for(run.parsed)
-                return aggregate(model, master, contributions, pipeline, out_dir, unwanted=over.is_set)
+                return aggregate(model, master, contributions, pipeline, out_dir, unwanted=unwanted)
 
         def store(new: NewVersion) -> StoredVersion:
             with self._disk.used_for("the next version"):
@@ -131,7 +144,7 @@ class Versions:
 
         try:
             async with self._folds:
-                new = await asyncio.to_thread(fold)
+                new = await while_wanted(fold)
             async with self.blobs_lock:
                 digests = {f.entry.blob.digest for f in new.files}
                 try:
@@ -141,8 +154,6 @@ class Versions:
                 finally:
                     await self._collect(digests)
         finally:
-            # A thread cannot be cancelled: a server that stops would wait for it to the last byte.
-            over.set()
             await asyncio.to_thread(shutil.rmtree, out_dir, True)
 
     def _contribution(self, task: TaskRow, uploads: Sequence[UploadRow]) -> Contribution:
@@ -178,17 +189,14 @@ class Versions:
 
     # --- What was uploaded
 
-    async def reverify(self, task: TaskRow) -> None:
-        """Hash the uploads of a task again, so that its site sends what is not right any more."""
+    async def reverify(self, task: TaskRow) -> bool:
+        """Hash the uploads of a task again, so that its site sends what is not right any more.
+
+        Returns:
+            Whether everything is as it was sent.
+        """
         uploads = await self._db.run(lambda c: task_queries.task_uploads(c, [task.id]))
-
-        def work() -> None:
-            for upload in uploads:
-                # Gone, or damaged beyond use: it is begun anew.
-                with contextlib.suppress(FedlinkError):
-                    self._spool.reverify(upload.id)
-
-        await asyncio.to_thread(work)
+        return all(await while_wanted(lambda unwanted: [is_as_sent(self._spool, u.id, unwanted) for u in uploads]))
 
     def uploaded(self, digest: bytes, uploads: Sequence[UploadRow], what: str) -> ModelFiles:
         """A manifest among uploads, and its files. Blocking.
@@ -226,8 +234,10 @@ class Versions:
     async def take_in(self, import_id: bytes, name: str, ref: BlobRef) -> ModelRow:
         """Turn the uploads of an import into a model; a repeat answers the same model.
 
+        Until the model is recorded the uploads stay, so that nothing has to be sent again.
+
         Raises:
-            FedlinkError: MODEL_EXISTS, BLOB_MISSING, BAD_MANIFEST.
+            FedlinkError: MODEL_EXISTS, BLOB_MISSING, BAD_MANIFEST, DISK_FULL, DISK_UNWRITABLE.
         """
         again = await self._db.run(lambda c: _same_model(c, name, ref))
         uploads = await self._db.run(lambda c: task_queries.import_uploads(c, import_id))
@@ -236,27 +246,11 @@ class Versions:
             await self.forget_uploads(uploads)
             return again
         async with self.blobs_lock:
-            manifest = await asyncio.to_thread(self._adopt_import, ref, uploads)
-
-            def work(c: Connection) -> ModelRow:
-                task_queries.delete_uploads(c, [u.id for u in uploads])
-                if (found := _same_model(c, name, ref)) is not None:
-                    return found
-                model_queries.insert_model(
-                    c,
-                    name=name,
-                    digest=ref.digest,
-                    manifest_size=ref.size,
-                    size=manifest.total_size,
-                    tensors=len(manifest.tensors),
-                    created=time.time(),
-                )
-                model_queries.add_refs(c, f"model:{name}", [ref.digest, *(f.blob.digest for f in manifest.files)])
-                row = model_queries.model(c, name)
-                assert row is not None
-                return row
-
-            row = await self._db.run(work)
+            try:
+                manifest = await asyncio.to_thread(self._adopt_import, ref, uploads)
+                row = await self._db.run(lambda c: _record_model(c, name, ref, manifest, uploads))
+            finally:
+                await self._collect({u.digest for u in uploads})
         await self.forget_uploads(uploads)
         self._log.info("imported", model=name, size=row.size, tensors=row.tensors)
         return row
@@ -272,10 +266,17 @@ class Versions:
             except TensorError as e:
                 raise FedlinkError(Reason.BAD_MANIFEST, f"file {manifest.files[index].name}: {e}") from None
         by_digest = {u.digest: u for u in uploads}
-        for blob in {f.blob for f in manifest.files} | {ref}:
-            upload = by_digest[blob.digest]
-            if not self._store.contains(blob.digest):
-                self._store.adopt(self._spool.path(upload.id), blob, self._spool.chunk_digests(upload.id))
+        links = self._scratch / f"import-{secrets.token_hex(8)}"
+        try:
+            with self._disk.used_for("imports"):
+                links.mkdir(parents=True)
+                for blob in {f.blob for f in manifest.files} | {ref}:
+                    upload = by_digest[blob.digest]
+                    if not self._store.contains(blob.digest):
+                        link = _linked(self._spool.path(upload.id), links / upload.id.hex())
+                        self._store.adopt(link, blob, self._spool.chunk_digests(upload.id))
+        finally:
+            shutil.rmtree(links, ignore_errors=True)
         return manifest
 
     # --- What goes
@@ -415,6 +416,37 @@ def _version_named(c: Connection, name: str, *, kept: bool) -> VersionRow:
         there = ", ".join(f"{run_name}@{v.number}" for v in run_queries.list_versions(c, run.id))
         raise FedlinkError(Reason.MODEL_NOT_FOUND, f"{name!r} is not kept; there is {there}")
     return version
+
+
+def _linked(path: Path, link: Path) -> Path:
+    """A second name for a file; where the file system has none, the file itself."""
+    try:
+        link.hardlink_to(path)
+    except OSError as e:
+        if e.errno not in _NO_LINKS:
+            raise
+        return path
+    return link
+
+
+def _record_model(c: Connection, name: str, ref: BlobRef, manifest: Manifest, uploads: Iterable[UploadRow]) -> ModelRow:
+    """The transaction that makes uploads a model."""
+    task_queries.delete_uploads(c, [u.id for u in uploads])
+    if (found := _same_model(c, name, ref)) is not None:
+        return found
+    model_queries.insert_model(
+        c,
+        name=name,
+        digest=ref.digest,
+        manifest_size=ref.size,
+        size=manifest.total_size,
+        tensors=len(manifest.tensors),
+        created=time.time(),
+    )
+    model_queries.add_refs(c, f"model:{name}", [ref.digest, *(f.blob.digest for f in manifest.files)])
+    row = model_queries.model(c, name)
+    assert row is not None
+    return row
 
 
 def _same_model(c: Connection, name: str, ref: BlobRef) -> ModelRow | None:

@@ -110,11 +110,16 @@ class BlobStore(Protocol):
         """Every blob here, in no order."""
         ...
 
-    def verify(self, digest: bytes) -> None:
+    def verify(self, digest: bytes, unwanted: Callable[[], bool] = lambda: False) -> None:
         """Hash the whole blob again.
 
+        Args:
+            digest: which.
+            unwanted: asked before every chunk; once it says so, the look ends.
+
         Raises:
-            FedlinkError: BLOB_NOT_FOUND, BLOB_CORRUPT.
+            FedlinkError: BLOB_NOT_FOUND, BLOB_CORRUPT; DRAINING if the answer is not wanted any more.
+            OSError: it cannot be read.
         """
         ...
 
@@ -216,12 +221,14 @@ class DirectoryBlobStore:
             if re.fullmatch(r"[0-9a-f]{64}", path.name):
                 yield bytes.fromhex(path.name)
 
-    def verify(self, digest: bytes) -> None:
+    def verify(self, digest: bytes, unwanted: Callable[[], bool] = lambda: False) -> None:
         """Hash a blob again; see `BlobStore.verify`."""
         buffer = memoryview(bytearray(CHUNK_SIZE))
         with self.open(digest) as reader:
             read_into = checked(reader, digest)
             for offset, length in chunk_spans(0, reader.size):
+                if unwanted():
+                    raise FedlinkError(Reason.DRAINING, f"the look at blob {digest.hex()[:12]} is not wanted any more")
                 read_into(buffer[:length], offset)
 
     def _path(self, digest: bytes) -> Path:

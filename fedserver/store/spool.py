@@ -21,7 +21,7 @@ import secrets
 import shutil
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,6 +169,17 @@ class Spool:
         """
         return self._slot(upload_id).committed
 
+    def moved(self, upload_id: bytes) -> float:
+        """When the mark moved last, in seconds since the epoch.
+
+        Raises:
+            FedlinkError: UPLOAD_NOT_FOUND.
+        """
+        try:
+            return (self._directory(upload_id) / "state").stat().st_mtime
+        except FileNotFoundError:
+            raise _not_found(upload_id) from None
+
     def complete(self, upload_id: bytes) -> bool:
         """Whether the whole blob is here; False also if there is no such slot."""
         try:
@@ -196,7 +207,8 @@ class Spool:
     def path(self, upload_id: bytes) -> Path:
         """Where the slot's bytes lie, if there is one.
 
-        A `BlobStore` may adopt the file when it is complete; then only `delete` is left to do with the slot.
+        A `BlobStore` may adopt the file, or a link to it, when it is complete; then only `delete` is left to do with
+        the slot.
 
         Raises:
             FedlinkError: UPLOAD_NOT_FOUND, for what is not an id.
@@ -223,13 +235,17 @@ class Spool:
         with self._lock(upload_id):
             self._remove(self._directory(upload_id))
 
-    def reverify(self, upload_id: bytes) -> int:
+    def reverify(self, upload_id: bytes, unwanted: Callable[[], bool] = lambda: False) -> int:
         """Hash a slot again and set the mark to the first byte that is not right; where it is now.
 
         For the start after a power loss. A slot that is damaged beyond use is deleted.
 
+        Args:
+            upload_id: which.
+            unwanted: asked before every chunk; once it says so, the look ends and the mark stays.
+
         Raises:
-            FedlinkError: UPLOAD_NOT_FOUND.
+            FedlinkError: UPLOAD_NOT_FOUND; DRAINING if the answer is not wanted any more.
         """
         with self._lock(upload_id):
             directory = self._directory(upload_id)
@@ -243,7 +259,7 @@ class Spool:
                 self._remove(directory)
                 raise _not_found(upload_id)
             with _opened(slot.data, os.O_RDWR) as fd:
-                good = _good_bytes(fd, slot.committed, digests)
+                good = _good_bytes(fd, slot.committed, digests, unwanted)
                 if os.fstat(fd).st_size != slot.ref.size:
                     os.truncate(fd, slot.ref.size)
             if good != slot.committed:
@@ -363,10 +379,12 @@ def _check_chunk(ref: BlobRef, offset: int, chunk: Buffer, digest: memoryview) -
         raise FedlinkError(Reason.CHUNK_CORRUPT, text, metadata=metadata)
 
 
-def _good_bytes(fd: int, committed: int, digests: bytes) -> int:
+def _good_bytes(fd: int, committed: int, digests: bytes, unwanted: Callable[[], bool]) -> int:
     """The offset of the first chunk before the mark that is not as the list says; the mark if all are."""
     buffer = memoryview(bytearray(CHUNK_SIZE))
     for offset, length in chunk_spans(0, committed):
+        if unwanted():
+            raise FedlinkError(Reason.DRAINING, "the look at an upload is not wanted any more")
         try:
             read_at(fd, buffer[:length], offset)
         except EOFError:

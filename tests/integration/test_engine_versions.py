@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,21 @@ async def test_a_run_created_from_a_version_as_it_is_retired_has_all_of_it_or_is
         for digest in (row.digest, *(f.blob.digest for f in fed.parts.versions.read_manifest(row.digest).files)):
             fed.store.verify(digest)
     await fed.until(lambda: stored_is_needed(fed), "what nobody needs to go")
+
+
+async def test_of_updates_that_are_kept_nothing_is_kept_in_memory(fed: Server):
+    await fed.join("a")
+    run = await fed.create(rounds=3, retention={"keep_updates": True}, **ONE, **QUIET)
+    for number in (1, 2, 3):
+        task = await fed.task("a")
+        update = await fed.send(task)
+        assert len(fed.parts.access._tasks) == 2
+        await fed.complete(task, update)
+        del task
+        await fed.version(run, number)
+        gc.collect()
+        assert len(fed.parts.access._tasks) == 0
+    assert spooled(fed) == 6
 
 
 async def test_an_upload_that_begins_as_its_round_closes_leaves_nothing(fed: Server, monkeypatch):

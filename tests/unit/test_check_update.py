@@ -207,3 +207,27 @@ def test_a_file_gone_is_the_servers_own_error(model, tmp_path):
     shutil.rmtree(tmp_path / "update")
     with pytest.raises(OSError, match="update"):
         check_update(model, update.manifest, update.files, kind=Kind.DELTA, update_dtype="F32", max_bytes=1 << 20)
+
+
+def test_a_check_ends_when_its_verdict_is_not_wanted_any_more(tmp_path):
+    shards = [[T.of("w", "F32", np.ones(1 << 20))]]
+    model = put(tmp_path / "model", Kind.MODEL, shards).manifest
+    looks = []
+
+    def unwanted():
+        looks.append(None)
+        return len(looks) == 3
+
+    update = put(tmp_path / "update", Kind.DELTA, shards)
+    with pytest.raises(FedlinkError) as e:
+        check_update(
+            model,
+            update.manifest,
+            update.files,
+            kind=Kind.DELTA,
+            update_dtype="F32",
+            max_bytes=8 << 20,
+            unwanted=unwanted,
+        )
+    assert e.value.reason is Reason.DRAINING
+    assert len(looks) == 3

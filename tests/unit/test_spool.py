@@ -158,6 +158,17 @@ def test_leftovers_go_when_the_spool_is_opened(tmp_path: Path) -> None:
     assert list(spool.ids()) == [ID]
 
 
+def test_a_look_that_is_not_wanted_any_more_leaves_the_mark(tmp_path: Path) -> None:
+    data = some_bytes(3 * MIB)
+    spool = Spool(tmp_path)
+    create(spool, data)
+    spool.append(ID, 0, chunks_of(data))
+    spool.path(ID).write_bytes(bytes(3 * MIB))
+    assert refusal(spool.reverify, ID, lambda: True).reason is Reason.DRAINING
+    assert spool.complete(ID)
+    assert spool.reverify(ID) == 0
+
+
 @pytest.mark.parametrize("damage", ["state", "chunks", "data"])
 def test_power_loss_that_empties_files(tmp_path: Path, damage: str) -> None:
     data = some_bytes(3 * MIB)
