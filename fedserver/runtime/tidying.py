@@ -67,7 +67,6 @@ class Tidying:
     async def _drop_updates(self, ended: Round) -> None:
         uploads = await self._parts.database.run(lambda c: records.forget_updates(c, self._run_id, ended))
         reach("updates.forgotten")
-        self._parts.access.forget(u.id for u in uploads)
         try:
             await self._parts.versions.forget_uploads(uploads)
         except OSError:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -208,11 +208,6 @@ class TaskBlobAccess:
         if not caller.operator or not users:
             return error
         return FedlinkError(error.reason, f"{error.message} It is part of {', '.join(users)}.", metadata=error.metadata)
-
-    def forget(self, upload_ids: Iterable[bytes]) -> None:
-        """Stop accounting for uploads that are deleted."""
-        for upload_id in upload_ids:
-            self._tasks.pop(upload_id, None)
 
     def count_read(self, task_token: bytes, nbytes: int) -> None:
         """See `BlobAccess`."""
