@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from fedclient.trainer.checkpoint import Checkpoints, CheckpointUnusable
 from fedclient.trainer.kept import Kept, give_random, kept, take_random
 from fedclient.trainer.memory import is_out_of_memory
-from fedclient.trainer.nested import flatten
+from fedclient.trainer.nested import CannotHoldError, Flat, flatten
 from fedclient.trainer.saved import Saved
 
 _OTHER_LOOPS = "its loops over ctx.steps and ctx.batches are not those of the checkpoint"
@@ -182,7 +182,6 @@ class Course:
 
         Raises:
             CheckpointUnusable: the loop that the checkpoint was taken in has not come.
-            TypeError: something is kept whose state cannot be held any more.
         """
         if self._loops[-1] is not loop:
             self._give_up(loop)
@@ -195,6 +194,10 @@ class Course:
             self._save(loop)
 
     def _save(self, loop: Loop) -> None:
+        assert self._checkpoints is not None
+        self._checkpoints.write(lambda: self._parts(loop))
+
+    def _parts(self, loop: Loop) -> dict[str, Flat]:
         parts: dict[str, Any] = {
             "places": [inner.place() for inner in self._loops[1:]],
             "counts": self._job.take_counts(),
@@ -203,9 +206,7 @@ class Course:
         if loop.kind == "batches":
             parts["epoch"] = loop.epoch_random
         flat = {name: flatten(value, name) for name, value in parts.items()}
-        flat |= {part: flatten(thing.take(), _label(name)) for part, (name, thing) in self._kept().items()}
-        assert self._checkpoints is not None
-        self._checkpoints.write(flat)
+        return flat | {part: _taken(name, thing) for part, (name, thing) in self._kept().items()}
 
     def _restore(self, loop: Loop) -> None:
         checkpoints = self._checkpoints
@@ -277,3 +278,11 @@ class Course:
 
 def _label(name: str) -> str:
     return f"ctx.keep({name}=...): its state"
+
+
+def _taken(name: str, thing: Kept) -> Flat:
+    try:
+        state = thing.take()
+    except Exception as e:  # it is the user's code, and may raise anything
+        raise CannotHoldError(f"{_label(name)} could not be taken: {type(e).__name__}") from e
+    return flatten(state, _label(name))

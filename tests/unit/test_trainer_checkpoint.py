@@ -183,15 +183,53 @@ def test_what_cannot_be_kept_is_said_at_once(thing: Any, text: str) -> None:
         Context(settings=None).keep(x=thing)
 
 
-def test_a_state_that_can_no_longer_be_held_is_named(tmp_path: Path) -> None:
-    def train(model: Any, ctx: Context) -> None:
-        memory: dict[str, Any] = {}
-        ctx.keep(memory=memory)
-        for _ in ctx.steps(3):
-            memory["last"] = print
+class Failing:
+    """Its state can be taken once."""
 
-    with pytest.raises(TypeError, match=r"ctx.keep\(memory=\.\.\.\): its state\['last'\] is a builtin"):
-        Run(tmp_path, zeros, train)
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def state_dict(self) -> dict[str, int]:
+        self.asked += 1
+        if self.asked > 1:
+            raise LookupError("patient 4711")
+        return {"asked": self.asked}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.asked = state["asked"]
+
+
+@pytest.mark.parametrize(
+    ("thing", "text"),
+    [
+        ({}, "ctx.keep(thing=...): its state['last'] is a PosixPath, which a checkpoint cannot hold"),
+        (Failing(), "ctx.keep(thing=...): its state could not be taken: LookupError"),
+    ],
+    ids=["path", "raises"],
+)
+def test_a_state_that_can_no_longer_be_held_is_told_once_and_does_no_harm(
+    tmp_path: Path, thing: Any, text: str
+) -> None:
+    def train(model: Any, ctx: Context) -> None:
+        ctx.keep(thing=thing)
+        for i in ctx.steps(5):
+            model["w"] += 1
+            if i == 1 and isinstance(thing, dict):
+                thing["last"] = tmp_path
+
+    run = Run(tmp_path / "checkpoints", zeros, train)
+    (note,) = run.notes
+    assert note.startswith(f"a checkpoint could not be written: {text}")
+    assert "4711" not in note
+    assert run.model["w"].tolist() == [5.0] * 4
+
+
+def test_what_was_put_aside_is_there_until_the_next_is_written(tmp_path: Path, written: bytes) -> None:
+    (tmp_path / NAME).write_bytes(written[:-1])
+    Run(tmp_path, zeros, numbers(), every=1000)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.unusable"]
+    Run(tmp_path, zeros, numbers())
+    assert [p.name for p in tmp_path.iterdir()] == [NAME]
 
 
 def test_keep_belongs_before_the_loop() -> None:
