@@ -132,6 +132,10 @@ class Checkpoints:
         self.drop()
         self._say(f"there are no local checkpoints of this training: {why}")
 
+    def stop(self, why: str) -> None:
+        """Write none any more; what has been written is good."""
+        self._say(f"no further local checkpoint of this training is written: {why}")
+
     def drop(self) -> None:
         """Delete the checkpoint that is there."""
         (self._directory / NAME).unlink(missing_ok=True)

@@ -101,6 +101,7 @@ class Course:
         self._job = job
         self._checkpoints = checkpoints
         self._loops = [Loop([], "job", None)]
+        self._lasting: list[Iterable[Any]] = []
         saved = checkpoints.saved if checkpoints else None
         self._ahead: list[list[Any]] = saved.part("places") if saved else []
 
@@ -160,6 +161,7 @@ class Course:
         Raises:
             CheckpointUnusable: there are fewer data now.
         """
+        self._check_workers(data)
         if not loop.resumes:
             loop.epoch_random = self._take_random() if self._checkpoints else None
             return iter(data)
@@ -245,6 +247,16 @@ class Course:
         if self._checkpoints:
             self._checkpoints.give_up("two loops over ctx.steps or ctx.batches run into each other")
             self._checkpoints = None
+
+    def _check_workers(self, data: Iterable[Any]) -> None:
+        """Save no more once workers that live on begin an epoch: they hold random states of their own."""
+        if self._checkpoints is None or not getattr(data, "persistent_workers", False):
+            return
+        if any(data is earlier for earlier in self._lasting):
+            self._checkpoints.stop("a DataLoader with persistent_workers=True began another epoch")
+            self._checkpoints = None
+        else:
+            self._lasting.append(data)
 
     def _kept(self) -> dict[str, tuple[str, Kept]]:
         return {

@@ -389,6 +389,49 @@ def test_every_scheduler_goes_on_to_the_same_bits(tmp_path: Path, name: str) -> 
     assert run.weights == Run(tmp_path, Odd, torch_training(make, None, schedule), every=0).weights
 
 
+class Noisy(torch.utils.data.Dataset[torch.Tensor]):
+    """What its workers draw is in the data."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return i + torch.rand(3)
+
+
+def with_workers(end: int | None, *, persistent: bool, own: bool) -> Train:
+    def train(model: Any, ctx: Context) -> None:
+        loader = torch.utils.data.DataLoader(
+            Noisy(),
+            batch_size=2,
+            shuffle=True,
+            num_workers=2,
+            persistent_workers=persistent,
+            generator=ctx.generator() if own else None,
+        )
+        for batch in ctx.batches(loader, epochs=2):
+            if ctx.step == end:
+                raise Interrupted
+            model["w"] = model["w"] * 0.9 + batch.numpy().sum() + torch.rand(1).item()
+
+    return train
+
+
+@pytest.mark.parametrize(
+    ("persistent", "own", "end", "resumed_at"),
+    [(False, True, 5, 5), (False, False, 5, 5), (True, True, 2, 2), (True, False, 5, 3), (True, True, 5, 3)],
+)
+def test_workers_of_a_loader(tmp_path: Path, *, persistent: bool, own: bool, end: int, resumed_at: int) -> None:
+    """Those that live on are known in their first epoch alone: what was saved in it is gone on from later, too."""
+    first = Run(tmp_path, zeros, with_workers(end, persistent=persistent, own=own))
+    assert first.interrupted
+    ended = "no further local checkpoint of this training is written: a DataLoader with persistent_workers=True began"
+    assert [note.startswith(ended) for note in first.notes] == [True] * (end > resumed_at)
+    run = Run(tmp_path, zeros, with_workers(None, persistent=persistent, own=own), every=1000)
+    assert run.weights == Run(tmp_path, zeros, with_workers(None, persistent=persistent, own=own), every=0).weights
+    assert [report.step for report in run.reports if report.note == "resumed from a local checkpoint"] == [resumed_at]
+
+
 def test_a_model_that_cannot_be_held_is_told_and_trained_all_the_same(tmp_path: Path) -> None:
     def train(model: Any, ctx: Context) -> None:
         for _ in ctx.steps(3):
