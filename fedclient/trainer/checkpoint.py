@@ -116,9 +116,26 @@ class Checkpoints:
             self._complain(f"a checkpoint could not be written: {e}")
         self._last = time.monotonic()
 
+    def model_root(self) -> dict[str, Any]:
+        """The container of the model's tensors, by the name "model"; nothing if it has none."""
+        container = self._state.container()
+        return {} if container is None else {"model": container}
+
     def restore(self, saved: Saved) -> None:
-        """Bring the model back."""
-        self._state.restore(Section(saved, "model/"))
+        """Bring the model back.
+
+        Raises:
+            CheckpointUnusable: it is not as it was.
+        """
+        section = Section(saved, "model/")
+        self._state.restore(section)
+        parts = self._model()
+        if parts.keys() != set(section):
+            raise CheckpointUnusable("the model has other tensors than it had")
+        for name, value in parts.items():
+            self._alive()
+            if not saved.is_same(f"model/{name}", flatten(value, name)):
+                raise CheckpointUnusable(f"the model's {name} could not be brought back")
         self._last = time.monotonic()
 
     def close(self) -> None:
