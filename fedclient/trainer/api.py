@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from fedclient.trainer.checkpoint import Checkpoints
-from fedclient.trainer.course import Course, Loop
+from fedclient.trainer.course import Course
+from fedclient.trainer.loop import Loop
 from fedclient.trainer.wire import JobKind, Progress
 from fedlink.failpoints import reach
 

@@ -2,7 +2,7 @@
 
     DIRECTORY/checkpoint.safetensors    the last one, put in place of the one before
     DIRECTORY/checkpoint.part           the next one, being written
-    DIRECTORY/checkpoint.unusable       one that could not be gone on from
+    DIRECTORY/checkpoint.unusable       one that could not be gone on from, until the next is written
 
 Its tensors are the leaves of what is held (`fedclient.trainer.nested`), called PART.LEAF by
 number; `state`, the JSON that says what they are; and `checks`, a CRC-32 of each. No pickle.
@@ -97,12 +97,17 @@ class Checkpoints:
         """Whether it is time to write one."""
         return time.monotonic() - self._last >= self._every
 
-    def write(self, parts: Mapping[str, Flat]) -> None:
-        """Write a checkpoint of these parts and of the model; a disk that refuses is told once and does no harm.
+    def write(self, take: Callable[[], Mapping[str, Flat]]) -> None:
+        """Write a checkpoint of the parts that `take` gives and of the model.
 
-        Window by window: nothing of what it holds is copied as a whole.
+        A disk that refuses, and a state that cannot be held, are told once and do no harm. Written is window by window:
+        nothing of what it holds is copied as a whole. What was put aside makes room for it.
+
+        Args:
+            take: gives the parts, or raises CannotHoldError.
         """
         try:
+            parts = take()
             model = {f"model/{name}": flatten(value, f"the model's {name}") for name, value in self._model().items()}
             _write(self._directory, self._owner, {**parts, **model}, spare=2 * _size(model), alive=self._alive)
         except OSError as e:
@@ -111,9 +116,26 @@ class Checkpoints:
             self._complain(f"a checkpoint could not be written: {e}")
         self._last = time.monotonic()
 
+    def model_root(self) -> dict[str, Any]:
+        """The container of the model's tensors, by the name "model"; nothing if it has none."""
+        container = self._state.container()
+        return {} if container is None else {"model": container}
+
     def restore(self, saved: Saved) -> None:
-        """Bring the model back."""
-        self._state.restore(Section(saved, "model/"))
+        """Bring the model back.
+
+        Raises:
+            CheckpointUnusable: it is not as it was.
+        """
+        section = Section(saved, "model/")
+        self._state.restore(section)
+        parts = self._model()
+        if parts.keys() != set(section):
+            raise CheckpointUnusable("the model has other tensors than it had")
+        for name, value in parts.items():
+            self._alive()
+            if not saved.is_same(f"model/{name}", flatten(value, name)):
+                raise CheckpointUnusable(f"the model's {name} could not be brought back")
         self._last = time.monotonic()
 
     def close(self) -> None:
@@ -127,12 +149,16 @@ class Checkpoints:
         self.drop()
         self._say(f"there are no local checkpoints of this training: {why}")
 
+    def stop(self, why: str) -> None:
+        """Write none any more; what has been written is good."""
+        self._say(f"no further local checkpoint of this training is written: {why}")
+
     def drop(self) -> None:
         """Delete the checkpoint that is there."""
         (self._directory / NAME).unlink(missing_ok=True)
 
     def put_aside(self, why: str) -> None:
-        """Let nobody go on from the checkpoint that is there; it is kept for who wants to look at it."""
+        """Let nobody go on from the checkpoint that is there; it can be looked at until the next is written."""
         self.close()
         path = self._directory / NAME
         with contextlib.suppress(OSError):
@@ -159,10 +185,11 @@ def _write(directory: Path, owner: str, parts: Mapping[str, Flat], *, spare: int
     specs.append(TensorSpec("state", "U8", (len(state),), Role.BUFFER))
     specs.append(TensorSpec("checks", "U32", (len(specs),), Role.BUFFER))
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = directory / NAME
+    path.with_suffix(".unusable").unlink(missing_ok=True)
     # What is left must do for the update: a training that would have passed without checkpoints passes with them.
     if shutil.disk_usage(directory).free < sum(spec.nbytes for spec in specs) + spare:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    path = directory / NAME
     part = path.with_suffix(".part")
     try:
         with ShardWriter(part, specs) as writer:

@@ -13,10 +13,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+from fedclient.trainer.aliases import Change, Snapshot, change, share, shared
 from fedclient.trainer.checkpoint import Checkpoints, CheckpointUnusable
 from fedclient.trainer.kept import Kept, give_random, kept, take_random
+from fedclient.trainer.loop import Loop
 from fedclient.trainer.memory import is_out_of_memory
-from fedclient.trainer.nested import flatten
+from fedclient.trainer.nested import CannotHoldError, Flat, flatten
 from fedclient.trainer.saved import Saved
 
 _OTHER_LOOPS = "its loops over ctx.steps and ctx.batches are not those of the checkpoint"
@@ -43,52 +45,6 @@ class Job(Protocol):
         ...
 
 
-class Loop:
-    """A loop under way; the outermost one stands for the job itself.
-
-    Attributes:
-        before: kind and size of the loops begun before it in the same pass of the loop around it.
-        kind: steps or batches.
-        size: passes it makes, if that is known.
-        step: the pass under way.
-        epoch: for batches: how often the data were gone through.
-        batch: for batches: the batch of this epoch under way.
-    """
-
-    def __init__(self, before: list[Any], kind: str, size: int | None) -> None:
-        self.before = before
-        self.kind = kind
-        self.size = size
-        self.step = self.epoch = self.batch = 0
-        self.begun: list[Any] = []
-        """Kind and size of the loops begun in the pass under way."""
-        self.kept: dict[str, Kept] = {}
-        """What was named to be kept in the pass under way."""
-        self.made: list[Kept] = []
-        """Generators handed out in the pass under way."""
-        self.epoch_random: Any = None
-        """The random state in which the epoch began."""
-        self.resumes = False
-        """Whether everything is to be brought back where it begins."""
-
-    def turn(self) -> None:
-        """Begin a pass: what the last one made is out of reach.
-
-        Raises:
-            RuntimeError: the last pass named something to be kept that cannot be brought back.
-        """
-        if self.kept and not self.begun:
-            names = ", ".join(self.kept)
-            raise RuntimeError(f"ctx.keep({names}=...) was called inside of the loop; call it before the loop begins")
-        self.begun.clear()
-        self.kept.clear()
-        self.made.clear()
-
-    def place(self) -> list[Any]:
-        """Where it is."""
-        return [self.before, self.kind, self.size, self.step, self.epoch, self.batch]
-
-
 class Course:
     """The loops of one job.
 
@@ -101,6 +57,7 @@ class Course:
         self._job = job
         self._checkpoints = checkpoints
         self._loops = [Loop([], "job", None)]
+        self._lasting: list[Iterable[Any]] = []
         saved = checkpoints.saved if checkpoints else None
         self._ahead: list[list[Any]] = saved.part("places") if saved else []
 
@@ -133,26 +90,35 @@ class Course:
         """
         outer = self._loops[-1]
         loop = Loop(list(outer.begun), kind, size)
+        loop.earlier = list(outer.over)
         outer.begun.append([kind, size])
         if self._ahead:
             before, *there, loop.step, loop.epoch, loop.batch = self._ahead[len(self._loops) - 1]
             if [*before, there][: len(outer.begun)] != outer.begun:
                 raise CheckpointUnusable(_OTHER_LOOPS)
             if len(loop.before) < len(before):
+                outer.over.append(self._change(len(self._loops), len(loop.before)))
                 yield None
                 return
             loop.resumes = len(self._loops) == len(self._ahead)
+        outer.nests = True
+        if self._checkpoints:
+            loop.snapshot = Snapshot(self._roots())
         self._loops.append(loop)
         try:
             yield loop
         finally:
             if loop in self._loops:
                 del self._loops[self._loops.index(loop) :]
+            outer.over.append(loop.change())
 
     def begin_steps(self, loop: Loop) -> None:
-        """Bring everything back, if this is the place."""
+        """Bring everything back if this is the place, or what lies where if it is on the way there."""
         if loop.resumes:
             self._restore(loop)
+        elif self._ahead:
+            loop.nests = True
+            self._change(len(self._loops) - 1, -1)
 
     def begin_epoch(self, loop: Loop, data: Iterable[Any]) -> Iterator[Any]:
         """Go through the data (again), from where the checkpoint was taken if this is the place.
@@ -160,6 +126,7 @@ class Course:
         Raises:
             CheckpointUnusable: there are fewer data now.
         """
+        self._check_workers(data)
         if not loop.resumes:
             loop.epoch_random = self._take_random() if self._checkpoints else None
             return iter(data)
@@ -182,46 +149,62 @@ class Course:
 
         Raises:
             CheckpointUnusable: the loop that the checkpoint was taken in has not come.
-            TypeError: something is kept whose state cannot be held any more.
         """
         if self._loops[-1] is not loop:
             self._give_up(loop)
         if self._ahead and loop.step != self._ahead[self._loops.index(loop) - 1][3]:
             raise CheckpointUnusable(_OTHER_LOOPS)
         loop.turn()
+        if loop.step:
+            # To know it costs time, so only where there will be need of it.
+            loop.passed = loop.change() if loop.nests and loop.kind == "steps" else None
         due = self._checkpoints is not None and not self._ahead and self._checkpoints.due()
-        # Inside a pass over a batch there is no way back to that batch; and at a loop's end there is no next step.
-        if due and self._job.step and loop.step != loop.size and all(o.kind != "batches" for o in self._loops[:-1]):
+        # At a loop's end there is no next step.
+        if due and self._job.step and loop.step != loop.size and self._is_way_back():
             self._save(loop)
 
+    def _is_way_back(self) -> bool:
+        # Inside a pass over a batch there is none to that batch.
+        return all(outer.kind != "batches" and outer.passed is not None for outer in self._loops[:-1])
+
     def _save(self, loop: Loop) -> None:
+        assert self._checkpoints is not None
+        self._checkpoints.write(lambda: self._parts(loop))
+
+    def _parts(self, loop: Loop) -> dict[str, Flat]:
         parts: dict[str, Any] = {
             "places": [inner.place() for inner in self._loops[1:]],
+            "changes": [[*inner.earlier, inner.passed] for inner in self._loops[1:-1]]
+            + [[*loop.earlier, loop.change()]],
             "counts": self._job.take_counts(),
             "random": self._take_random(),
         }
         if loop.kind == "batches":
             parts["epoch"] = loop.epoch_random
         flat = {name: flatten(value, name) for name, value in parts.items()}
-        flat |= {part: flatten(thing.take(), _label(name)) for part, (name, thing) in self._kept().items()}
-        assert self._checkpoints is not None
-        self._checkpoints.write(flat)
+        return flat | {part: _taken(name, thing) for part, (name, thing) in self._kept().items()}
 
     def _restore(self, loop: Loop) -> None:
         checkpoints = self._checkpoints
         assert checkpoints is not None
         assert checkpoints.saved is not None
-        try:
-            self._restore_from(checkpoints.saved, checkpoints)
-        except Exception as e:
-            if is_out_of_memory(e):
-                raise
-            raise CheckpointUnusable(f"it cannot be gone on from: {type(e).__name__}: {e}") from e
+        last = self._change(len(self._loops) - 1, -1)
+        with _going_on():
+            self._restore_from(checkpoints.saved, checkpoints, last)
         checkpoints.close()
         loop.resumes = False
         self._ahead = []
 
-    def _restore_from(self, saved: Saved, checkpoints: Checkpoints) -> None:
+    def _change(self, depth: int, number: int) -> Change:
+        """Change what lies where, as a loop did that is not gone through again, or the passes of one."""
+        assert self._checkpoints is not None
+        assert self._checkpoints.saved is not None
+        with _going_on():
+            what: Change = self._checkpoints.saved.part("changes")[depth - 1][number]
+            change(self._roots(), what)
+        return what
+
+    def _restore_from(self, saved: Saved, checkpoints: Checkpoints, last: Change) -> None:
         things = self._kept()
         if things.keys() != {name for name in saved.names if name.startswith("kept/")}:
             raise CheckpointUnusable("ctx.keep was not called with the names of the checkpoint")
@@ -230,6 +213,10 @@ class Course:
             thing.give(saved.part(part))
             if not saved.is_same(part, flatten(thing.take(), name)):
                 raise CheckpointUnusable(f"{_label(name)}: load_state_dict did not bring back what state_dict gave")
+        _, pairs = last
+        share(self._roots(), pairs)
+        if shared(self._roots()) != pairs:
+            raise CheckpointUnusable("arrays that were one could not be brought back as one")
         self._give_random(saved.part("random"))
         if not saved.is_same("random", flatten(self._take_random(), "random")):
             raise CheckpointUnusable("the random state could not be brought back")
@@ -244,6 +231,22 @@ class Course:
         if self._checkpoints:
             self._checkpoints.give_up("two loops over ctx.steps or ctx.batches run into each other")
             self._checkpoints = None
+
+    def _check_workers(self, data: Iterable[Any]) -> None:
+        """Save no more once workers that live on begin an epoch: they hold random states of their own."""
+        if self._checkpoints is None or not getattr(data, "persistent_workers", False):
+            return
+        if any(data is earlier for earlier in self._lasting):
+            self._checkpoints.stop("a DataLoader with persistent_workers=True began another epoch")
+            self._checkpoints = None
+        else:
+            self._lasting.append(data)
+
+    def _roots(self) -> dict[str, Any]:
+        """What is brought back in place, and what the user's code may hold parts of besides."""
+        assert self._checkpoints is not None
+        kept = {part: thing.root for part, (_, thing) in self._kept().items() if thing.root is not None}
+        return self._checkpoints.model_root() | kept
 
     def _kept(self) -> dict[str, tuple[str, Kept]]:
         return {
@@ -275,5 +278,23 @@ class Course:
             generator.give(state["own"][name])
 
 
+@contextmanager
+def _going_on() -> Iterator[None]:
+    try:
+        yield
+    except Exception as e:
+        if is_out_of_memory(e):
+            raise
+        raise CheckpointUnusable(f"it cannot be gone on from: {type(e).__name__}: {e}") from e
+
+
 def _label(name: str) -> str:
     return f"ctx.keep({name}=...): its state"
+
+
+def _taken(name: str, thing: Kept) -> Flat:
+    try:
+        state = thing.take()
+    except Exception as e:  # it is the user's code, and may raise anything
+        raise CannotHoldError(f"{_label(name)} could not be taken: {type(e).__name__}") from e
+    return flatten(state, _label(name))

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fedclient.trainer.state import copy_array
+from fedclient.trainer.aliases import bring_back
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class Kept:
     """Bring a state back."""
     random: bool = False
     """Whether it is a generator: the data of an epoch may be drawn from it."""
+    root: Any = None
+    """The thing itself, if it is a container, an array or a tensor: the user's code may hold parts of it besides."""
 
 
 def kept(name: str, thing: Any) -> Kept:
@@ -78,12 +80,8 @@ def _generator(thing: Any) -> Kept | None:
 
 
 def _in_place(thing: Any) -> Kept | None:
-    if type(thing) is np.ndarray and thing.flags.writeable:
-        return Kept(lambda: thing, lambda state: copy_array(thing, state))
-    if type(thing) is dict:
-        return Kept(lambda: thing, lambda state: _replace_all(thing, state))
-    if type(thing) is list:
-        return Kept(lambda: thing, lambda state: thing.__setitem__(slice(None), state))
+    if type(thing) in (dict, list) or (type(thing) is np.ndarray and thing.flags.writeable):
+        return Kept(lambda: thing, lambda state: _give(thing, state), root=thing)
     return None
 
 
@@ -91,15 +89,15 @@ def _torch(thing: Any) -> Kept | None:
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(thing, torch.Tensor | torch.Generator | torch.optim.Optimizer):
         return None
-    from fedclient.trainer.torch_state import copy_tensor, load_optimizer  # noqa: PLC0415 - imports torch
+    from fedclient.trainer.torch_state import load_optimizer  # noqa: PLC0415 - imports torch
 
     if isinstance(thing, torch.Generator):
         return Kept(thing.get_state, thing.set_state, random=True)
     if isinstance(thing, torch.optim.Optimizer):
         return Kept(thing.state_dict, lambda state: load_optimizer(thing, state))
-    return Kept(lambda: thing, lambda state: copy_tensor(thing, state))
+    return Kept(lambda: thing, lambda state: _give(thing, state), root=thing)
 
 
-def _replace_all(target: dict[Any, Any], content: dict[Any, Any]) -> None:
-    target.clear()
-    target.update(content)
+def _give(thing: Any, state: Any) -> None:
+    if bring_back(thing, state) is not thing:
+        raise ValueError("it is of another kind, dtype or shape than it was")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
@@ -11,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from fedclient.trainer.aliases import bring_back
 from fedclient.trainer.wire import Write
 from fedlink.tensors import (
     DTYPES,
@@ -88,8 +88,12 @@ class State(Protocol):
         """
         ...
 
+    def container(self) -> dict[str, Any] | None:
+        """What holds the tensors by name, and what training may put others in; None if they stay the model's own."""
+        ...
+
     def restore(self, parts: Mapping[str, Any]) -> None:
-        """Bring back what `parts` gave, one at a time.
+        """Bring back what `parts` gave, one at a time, in place.
 
         Raises:
             ValueError, KeyError: it is not this model's.
@@ -125,17 +129,6 @@ def check_gradient(spec: TensorSpec, shape: Sequence[int]) -> None:
         raise ModelMismatchError(f"the gradient of {spec.name!r} has the shape {list(shape)}, not {list(spec.shape)}")
 
 
-def copy_array(target: npt.NDArray[Any], value: npt.NDArray[Any]) -> None:
-    """Give an array another's value, in place.
-
-    Raises:
-        ValueError: they differ in dtype or shape.
-    """
-    if (value.dtype, value.shape) != (target.dtype, target.shape):
-        raise ValueError(f"it was {value.dtype} {value.shape}, it is {target.dtype} {target.shape}")
-    np.copyto(target, value)
-
-
 def to_bfloat16(values: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:
     """The bits of float32 values rounded to bfloat16 (to nearest, ties to even), by numpy alone."""
     bits = values.view(np.uint32)
@@ -152,7 +145,6 @@ class NumpyState:
     def __init__(self, arrays: dict[str, Any]) -> None:
         self._arrays = arrays
         self._frozen: Collection[str] = ()
-        self._loaded: dict[str, Callable[[], object]] = {}
 
     def specs(self) -> tuple[list[TensorSpec], dict[str, str]]:
         """See `State`."""
@@ -177,7 +169,6 @@ class NumpyState:
         array = raw.view(arithmetic_dtype(spec.dtype)).reshape(spec.shape)
         for name in names:
             self._arrays[name] = array
-            self._loaded[name] = weakref.ref(array)
 
     def marks(self, names: Sequence[str]) -> object:  # noqa: ARG002 - numpy counts no writes
         """See `State`: numpy cannot know."""
@@ -208,32 +199,27 @@ class NumpyState:
         return nullcontext()
 
     def parts(self) -> dict[str, Any]:
-        """See `State`: every array, which of them are one, and which of them training has put in place of another."""
+        """See `State`: every array, and which of them are one."""
         seen = {id(self._arrays.get(name)): "" for name in self._frozen}
-        parts, same, replaced = dict[str, Any](), dict[str, str](), list[str]()
+        parts, same = dict[str, Any](), dict[str, str]()
         for name, array in self._arrays.items():
             first = seen.setdefault(id(array), name)
             if first not in ("", name):
                 same[name] = first
             elif first:
                 parts[f"arrays/{name}"] = array
-            if name not in self._loaded or self._loaded[name]() is not array:
-                replaced.append(name)
-        return parts | {"same": same, "replaced": replaced}
+        return parts | {"same": same}
+
+    def container(self) -> dict[str, Any]:
+        """See `State`."""
+        return self._arrays
 
     def restore(self, parts: Mapping[str, Any]) -> None:
-        """See `State`.
-
-        An array that training changed in place is changed in place; for one that it replaced another is put.
-        Either way what the user's code holds besides is as it was.
-        """
-        replaced = set(parts["replaced"])
+        """See `State`."""
         for part in parts:
             kind, _, name = part.partition("/")
-            if kind == "arrays" and name in replaced:
-                self._arrays[name] = parts[part]
-            elif kind == "arrays":
-                copy_array(self._arrays[name], parts[part])
+            if kind == "arrays":
+                self._arrays[name] = bring_back(self._arrays[name], parts[part])
         for name, first in parts["same"].items():
             self._arrays[name] = self._arrays[first]
 

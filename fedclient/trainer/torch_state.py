@@ -140,6 +140,9 @@ class TorchState:
         parts["training"] = [name for name, module in self._model.named_modules() if module.training]
         return parts
 
+    def container(self) -> None:
+        """See `State`: tensors are given their values in place."""
+
     def restore(self, parts: Mapping[str, Any]) -> None:
         """See `State`."""
         named = self._tensors()

@@ -183,15 +183,53 @@ def test_what_cannot_be_kept_is_said_at_once(thing: Any, text: str) -> None:
         Context(settings=None).keep(x=thing)
 
 
-def test_a_state_that_can_no_longer_be_held_is_named(tmp_path: Path) -> None:
-    def train(model: Any, ctx: Context) -> None:
-        memory: dict[str, Any] = {}
-        ctx.keep(memory=memory)
-        for _ in ctx.steps(3):
-            memory["last"] = print
+class Failing:
+    """Its state can be taken once."""
 
-    with pytest.raises(TypeError, match=r"ctx.keep\(memory=\.\.\.\): its state\['last'\] is a builtin"):
-        Run(tmp_path, zeros, train)
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def state_dict(self) -> dict[str, int]:
+        self.asked += 1
+        if self.asked > 1:
+            raise LookupError("patient 4711")
+        return {"asked": self.asked}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.asked = state["asked"]
+
+
+@pytest.mark.parametrize(
+    ("thing", "text"),
+    [
+        ({}, "ctx.keep(thing=...): its state['last'] is a PosixPath, which a checkpoint cannot hold"),
+        (Failing(), "ctx.keep(thing=...): its state could not be taken: LookupError"),
+    ],
+    ids=["path", "raises"],
+)
+def test_a_state_that_can_no_longer_be_held_is_told_once_and_does_no_harm(
+    tmp_path: Path, thing: Any, text: str
+) -> None:
+    def train(model: Any, ctx: Context) -> None:
+        ctx.keep(thing=thing)
+        for i in ctx.steps(5):
+            model["w"] += 1
+            if i == 1 and isinstance(thing, dict):
+                thing["last"] = tmp_path
+
+    run = Run(tmp_path / "checkpoints", zeros, train)
+    (note,) = run.notes
+    assert note.startswith(f"a checkpoint could not be written: {text}")
+    assert "4711" not in note
+    assert run.model["w"].tolist() == [5.0] * 4
+
+
+def test_what_was_put_aside_is_there_until_the_next_is_written(tmp_path: Path, written: bytes) -> None:
+    (tmp_path / NAME).write_bytes(written[:-1])
+    Run(tmp_path, zeros, numbers(), every=1000)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.unusable"]
+    Run(tmp_path, zeros, numbers())
+    assert [p.name for p in tmp_path.iterdir()] == [NAME]
 
 
 def test_keep_belongs_before_the_loop() -> None:
@@ -349,6 +387,49 @@ def test_every_scheduler_goes_on_to_the_same_bits(tmp_path: Path, name: str) -> 
     run = Run(tmp_path, Odd, torch_training(make, None, schedule), every=1000)
     assert run.notes == ["resumed from a local checkpoint"]
     assert run.weights == Run(tmp_path, Odd, torch_training(make, None, schedule), every=0).weights
+
+
+class Noisy(torch.utils.data.Dataset[torch.Tensor]):
+    """What its workers draw is in the data."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return i + torch.rand(3)
+
+
+def with_workers(end: int | None, *, persistent: bool, own: bool) -> Train:
+    def train(model: Any, ctx: Context) -> None:
+        loader = torch.utils.data.DataLoader(
+            Noisy(),
+            batch_size=2,
+            shuffle=True,
+            num_workers=2,
+            persistent_workers=persistent,
+            generator=ctx.generator() if own else None,
+        )
+        for batch in ctx.batches(loader, epochs=2):
+            if ctx.step == end:
+                raise Interrupted
+            model["w"] = model["w"] * 0.9 + batch.numpy().sum() + torch.rand(1).item()
+
+    return train
+
+
+@pytest.mark.parametrize(
+    ("persistent", "own", "end", "resumed_at"),
+    [(False, True, 5, 5), (False, False, 5, 5), (True, True, 2, 2), (True, False, 5, 3), (True, True, 5, 3)],
+)
+def test_workers_of_a_loader(tmp_path: Path, *, persistent: bool, own: bool, end: int, resumed_at: int) -> None:
+    """Those that live on are known in their first epoch alone: what was saved in it is gone on from later, too."""
+    first = Run(tmp_path, zeros, with_workers(end, persistent=persistent, own=own))
+    assert first.interrupted
+    ended = "no further local checkpoint of this training is written: a DataLoader with persistent_workers=True began"
+    assert [note.startswith(ended) for note in first.notes] == [True] * (end > resumed_at)
+    run = Run(tmp_path, zeros, with_workers(None, persistent=persistent, own=own), every=1000)
+    assert run.weights == Run(tmp_path, zeros, with_workers(None, persistent=persistent, own=own), every=0).weights
+    assert [report.step for report in run.reports if report.note == "resumed from a local checkpoint"] == [resumed_at]
 
 
 def test_a_model_that_cannot_be_held_is_told_and_trained_all_the_same(tmp_path: Path) -> None:

@@ -30,8 +30,11 @@ class Steady(Workload):
         if (control / "broken").exists():
             (control / "broken").unlink()
             raise LookupError("secret patient 4711")
-        velocity, memory, rng = np.zeros((3, 4), np.float32), {"losses": []}, ctx.rng()
-        ctx.keep(velocity=velocity, memory=memory)
+        memory = {"losses": [], "velocity": np.zeros((3, 4), np.float32)}
+        ctx.keep(memory=memory)
+        rng, velocity = ctx.rng(), memory["velocity"]
+        # The code holds an array that is not the one that was loaded.
+        model["w"] = model["w"].copy()
         w = model["w"]
         for _ in ctx.steps(3 if (control / "other").exists() else 2):
             self.count(ctx)

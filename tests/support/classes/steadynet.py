@@ -1,4 +1,4 @@
-"""A torch workload with everything that has a state: momentum, Adam, a schedule, dropout, batch norm, shuffling."""
+"""A torch workload with all that has a state: momentum, Adam, schedule, dropout, batch norm, shuffling, workers."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class SteadyNet(Workload):
         average = torch.optim.swa_utils.AveragedModel(model)
         ctx.keep(sgd=sgd, adam=adam, scheduler=scheduler, average=average)
         data = TensorDataset(torch.linspace(-1, 1, 20 * 6).reshape(20, 6), torch.arange(20) % 3)
-        for generator in (ctx.generator(), None):
-            loader = DataLoader(data, batch_size=4, shuffle=True, generator=generator)
+        for generator, workers in ((ctx.generator(), 0), (None, 2)):
+            loader = DataLoader(data, batch_size=4, shuffle=True, generator=generator, num_workers=workers)
             for x, y in ctx.batches(loader, steps=8):
                 model.zero_grad()
                 loss = nn.functional.cross_entropy(model(x + 0.1 * torch.randn_like(x)), y)
