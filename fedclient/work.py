@@ -235,8 +235,9 @@ class Work:
                 failures = 0
             except FedlinkError as e:
                 if e.reason is Reason.TASK_COMPLETED:
-                    # The verdict is on its way to `deliver`; there is nothing left to keep alive.
-                    await asyncio.Future()
+                    # The verdict is on its way to `deliver`. A server that loses the update opens the task again.
+                    await asyncio.sleep(session.lease_term / 3)
+                    continue
                 if e.reason in TASK_OVER:
                     return e.message
                 if not e.reason.retryable:

@@ -209,6 +209,57 @@ async def test_a_lost_update_is_sent_again_when_asked_for(server: FakeServer, si
     assert len(site.trained) == 1
 
 
+async def test_an_accepted_update_is_sent_again_under_its_lease(server: FakeServer, site: Site, tmp_path: Path) -> None:
+    server.state.lease_term = 0.6
+    model = add_model(server, tmp_path / "model")
+    async with running(site):
+        token = await server.give(train_task(model))
+        await server.until(lambda s: s.completed)
+        await server.until(lambda _: journal(site)[0]["completed"])
+        # The server loses its power, and with it the update; the line is slow.
+        await server.stop()
+        server.state.blobs = {d: b for d, b in server.state.blobs.items() if d in server.state.read}
+        server.state.uploads.clear()
+        server.state.beats.clear()
+        server.state.received = 0
+        server.state.write_delay = 60.0
+        server.state.faults["ExtendLease"].append(FedlinkError(Reason.TASK_COMPLETED, "it is in"))
+        await server.start()
+        await server.until(lambda s: len([b for b in s.beats if b.token == token]) > 3)
+        assert server.state.beats[-1].activity == pb.ExtendLeaseRequest.ACTIVITY_UPLOADING
+        # Being asked for it meanwhile keeps nothing else from being done.
+        async with server.state.changed:
+            server.state.reopened.add(token)
+            server.state.changed.notify_all()
+        await server.until(lambda s: not s.reopened)
+        await server.give(evaluate_task(model))
+        await server.until(lambda s: len(s.completed) == 2)
+        assert server.state.received == 0
+        server.state.write_delay = 0.0
+        await server.stop()
+        await server.start()
+        await server.until(lambda s: [c.token for c in s.completed].count(token) >= 3)
+    assert len(site.trained) == 1
+
+
+async def test_a_released_task_that_still_runs_makes_no_tight_loop(
+    server: FakeServer, site: Site, tmp_path: Path
+) -> None:
+    model = add_model(server, tmp_path / "model")
+    server.state.write_delay = 60.0
+    async with running(site):
+        token = await server.give(train_task(model))
+        await server.until(lambda s: any(b.activity == pb.ExtendLeaseRequest.ACTIVITY_UPLOADING for b in s.beats))
+        async with server.state.changed:
+            server.state.released.add(token)
+            server.state.changed.notify_all()
+        polls = len(server.state.polls)
+        await asyncio.sleep(1.5)
+        assert 1 <= len(server.state.polls) - polls < 20
+        server.state.over[token] = Reason.ROUND_CLOSED
+        await server.until(lambda _: not journal(site))
+
+
 async def test_equal_updates_are_announced_for_each_task(server: FakeServer, site: Site, tmp_path: Path) -> None:
     async with running(site):
         for n in range(2):
