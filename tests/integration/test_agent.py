@@ -392,6 +392,97 @@ async def test_a_server_that_wants_us_no_more_ends_the_daemon(server: FakeServer
     assert e.value.reason.exit_code == 4
 
 
+@pytest.mark.parametrize("reason", [Reason.TLS_REFUSED, Reason.PROXY_REFUSED])
+async def test_what_only_a_new_start_cures_is_no_failure_of_the_task(
+    server: FakeServer, site: Site, tmp_path: Path, reason: Reason
+) -> None:
+    model = add_model(server, tmp_path / "model")
+    # Said by the session, when a renewed certificate or a proxy is in its way.
+    server.state.faults["CompleteTask"].append(FedlinkError(reason, "start it again"))
+    await server.give(train_task(model))
+    with pytest.raises(FedlinkError, match="start it again"):
+        await asyncio.wait_for(Agent(site.settings).run(), 20)
+    assert server.state.failed == []
+    async with running(site):
+        await server.until(lambda s: s.completed)
+    assert len(site.trained) == 1
+
+
+async def test_a_finished_update_waits_for_whatever_ails_the_site(
+    server: FakeServer, site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = add_model(server, tmp_path / "model")
+
+    async def ails_for_a_while() -> None:
+        said = 0
+        while not said:
+            await asyncio.sleep(0.01)
+            said = capsys.readouterr().out.count("the finished result waits")
+        await asyncio.sleep(1.0)
+        assert "the finished result waits" not in capsys.readouterr().out
+
+    async with killed(site):
+        token = await server.give(train_task(model))
+        await server.until(lambda s: s.completed)
+        await server.until(lambda _: journal(site)[0]["completed"])
+        state = site.directory / "fedclient-state"
+        [file] = (state / "tasks" / token.hex() / "update").glob("*-00001-*.safetensors")
+        away = file.rename(tmp_path / "away")
+        # When it is sent once more: a file that cannot be opened now, though it is there.
+        file.symlink_to(file.name)
+        await server.stop()
+        server.state.blobs = {d: b for d, b in server.state.blobs.items() if d in server.state.read}
+        server.state.uploads.clear()
+        await server.start()
+        await ails_for_a_while()
+        file.unlink()
+        away.rename(file)
+        await server.until(lambda s: len(s.completed) == 2)
+    # When it is hashed.
+    [entry] = (state / "journal").iterdir()
+    entry.write_text(json.dumps(json.loads(entry.read_text()) | {"completed": False}))
+    file.rename(away)
+    file.symlink_to(file.name)
+    async with running(site):
+        await ails_for_a_while()
+        file.unlink()
+        away.rename(file)
+        await server.until(lambda s: len(s.completed) == 3)
+    assert server.state.failed == []
+    assert len(site.trained) == 1
+
+
+async def test_a_disk_that_refuses_to_delete_holds_up_nothing_else(server: FakeServer, tmp_path: Path) -> None:
+    site = Site(tmp_path / "site", server.address, extra="cache_limit = 0")
+    state = site.directory / "fedclient-state"
+    model = add_model(server, tmp_path / "model")
+    site.set("hold")
+    async with running(site):
+        token = await server.give(train_task(model))
+        await server.until(lambda _: site.trained)
+        assert list((state / "cache").iterdir())
+        # No file that could be unlinked.
+        entry = state / "journal" / f"{token.hex()}.json"
+        entry.rename(tmp_path / "entry")
+        entry.mkdir()
+        server.state.over[token] = Reason.ROUND_CLOSED
+        await server.until(lambda _: not list((state / "cache").iterdir()))
+        site.clear("hold")
+        await server.give(evaluate_task(model))
+        await server.until(lambda s: s.completed)
+
+
+async def test_a_transfer_that_stalls_is_begun_anew_as_soon_as_the_site_says(
+    server: FakeServer, tmp_path: Path
+) -> None:
+    site = Site(tmp_path / "site", server.address, extra="transfer_stall_after = 0.5")
+    model = add_model(server, tmp_path / "model")
+    server.state.faults["ReadBlob"].append(60.0)
+    async with running(site):
+        await server.give(evaluate_task(model))
+        await server.until(lambda s: s.completed)
+
+
 async def test_draining_hands_training_back_and_keeps_it(server: FakeServer, site: Site, tmp_path: Path) -> None:
     model = add_model(server, tmp_path / "model")
     site.set("hold")
@@ -530,8 +621,8 @@ async def test_draining_at_the_last_steps_of_a_task(
             await asyncio.sleep(0)
         agent.drain()
 
-    async def forget_and_drain(work: Work, *, keep_checkpoint: bool = False) -> None:
-        await forget(work, keep_checkpoint=keep_checkpoint)
+    async def forget_and_drain(work: Work) -> None:
+        await forget(work)
         drains.append(asyncio.create_task(drain_soon()))
 
     monkeypatch.setattr(Work, "forget", forget_and_drain)
