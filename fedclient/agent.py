@@ -37,7 +37,7 @@ class Agent:
         site: its settings.
         make_trainer: how trainer processes are made.
         rng: source of jitter.
-        patience: how long it waits for a server that says nothing.
+        patience: how long it waits for a server that says nothing; by default as the settings say.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Agent:
         patience: Patience | None = None,
     ) -> None:
         self._site = site
-        self._patience = patience or Patience()
+        self._patience = patience or Patience.of(site.transfer_stall_after)
         self._rng = rng or random.Random()  # noqa: S311 - jitter, no secret
         self._trainers = Trainers(site, make_trainer)
         self._draining = asyncio.Event()

@@ -57,6 +57,7 @@ class Desk:
         self._works: dict[bytes, Work] = {}
         self._running: dict[bytes, asyncio.Task[None]] = {}
         self._backlog: deque[Work] = deque()
+        self._asked_again: set[bytes] = set()
         self._said: set[tuple[str, str]] = set()
         self._ended = asyncio.Event()
         self._unsent_limit = UNSENT_PER_DEVICE * len(devices)
@@ -108,7 +109,8 @@ class Desk:
             await self._release(polled.released)
             if polled.order and (work := await self._take(group, polled.order)):
                 return work
-            if polled.order is None and not polled.released and clock() - asked < 0.5:
+            nothing_new = polled.order is None and all(token in self._running for token in polled.released)
+            if nothing_new and clock() - asked < 0.5:
                 # An answer so early and so empty: whoever gives it must not be asked in a tight loop.
                 await asyncio.sleep(max(polled.retry_after, self._tools.rng.random()))
             else:
@@ -117,10 +119,9 @@ class Desk:
     async def _take(self, group: asyncio.TaskGroup, order: Order) -> Work | None:
         known = self._works.get(order.token)
         if known and known.held.completed and order.token in self._running:
-            # Asked for again while its acceptance is still being noted: the server asks only once.
-            await asyncio.wait({self._running[order.token]})
-            known = self._works.get(order.token)
-        if known and known.held.completed and order.token not in self._running:
+            # It is being handed in again, or its acceptance noted: once more after that, as the server asks only once.
+            self._asked_again.add(order.token)
+        elif known and known.held.completed:
             self._log.warning("the server lost an accepted update and asks for it again", task=known.short_name)
             known.reopen()
             self._start(group, known)
@@ -175,12 +176,15 @@ class Desk:
         del self._running[work.held.token]
         if work.gone:
             del self._works[work.held.token]
+        if work.held.token in self._asked_again:
+            self._asked_again.remove(work.held.token)
+            self._tools.session.returned.set()
         self._ended.set()
 
     async def _see_through(self, work: Work, device: str | None) -> None:
         course = asyncio.create_task(self._advance(work, device))
-        lease = None if work.held.completed else asyncio.create_task(work.keep_lease())
-        parts = {course, lease} if lease else {course}
+        # Also of an accepted update: if the server has lost it, it may take long to send once more.
+        lease = asyncio.create_task(work.keep_lease())
         try:
             await _until_over(course, lease)
         except FedlinkError as e:
@@ -194,9 +198,9 @@ class Desk:
                 await work.fail(TaskFailure("unavailable", f"internal error: {type(e).__name__}", retryable=True))
             await self._abandon(work, course)
         finally:
-            for part in parts:
+            for part in (course, lease):
                 part.cancel()
-            await asyncio.gather(*parts, return_exceptions=True)
+            await asyncio.gather(course, lease, return_exceptions=True)
 
     async def _advance(self, work: Work, device: str | None) -> None:
         failure = None
@@ -247,9 +251,9 @@ class Desk:
             )
 
 
-async def _until_over(course: asyncio.Task[None], lease: asyncio.Task[str] | None) -> None:
-    await asyncio.wait({course, lease} if lease else {course}, return_when=asyncio.FIRST_COMPLETED)
-    if lease and not course.done():
+async def _until_over(course: asyncio.Task[None], lease: asyncio.Task[str]) -> None:
+    await asyncio.wait({course, lease}, return_when=asyncio.FIRST_COMPLETED)
+    if not course.done():
         raise FedlinkError(Reason.ROUND_CLOSED, lease.result())
     course.result()
 

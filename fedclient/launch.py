@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import os
 import signal
 import sys
@@ -20,6 +19,7 @@ import fedclient
 import fedlink
 from fedclient.child import Child
 from fedclient.settings import SiteSettings
+from fedclient.spool import DISK_REFUSES
 from fedclient.trainer.wire import (
     PROTOCOL,
     Description,
@@ -48,7 +48,7 @@ __all__ = [
     "Write",
 ]
 
-_NO_ROOM = tuple(f"[Errno {number}]" for number in (errno.ENOSPC, errno.EDQUOT))
+_NO_ROOM = tuple(f"[Errno {number}]" for number in DISK_REFUSES)
 CANCEL_GRACE = 10.0
 """Seconds a job has to stop by itself when it is cancelled."""
 
@@ -64,6 +64,7 @@ class TrainerFailed(Exception):  # noqa: N818 - a verdict on the user's code, no
         step: at which it happened.
         memory_bytes: peak resident memory of the process, 0 if unknown.
         retryable: whether another attempt may succeed.
+        no_room: whether a disk had no room, or could not be written.
         output: the exception's own message and the end of the process's output. It may quote
             data: it may be sent or shown only where the site allows that (`share_errors`).
     """
@@ -78,6 +79,7 @@ class TrainerFailed(Exception):  # noqa: N818 - a verdict on the user's code, no
         step: int = 0,
         memory_bytes: int = 0,
         retryable: bool = False,
+        no_room: bool = False,
         output: str = "",
     ) -> None:
         super().__init__(message)
@@ -88,6 +90,7 @@ class TrainerFailed(Exception):  # noqa: N818 - a verdict on the user's code, no
         self.step = step
         self.memory_bytes = memory_bytes
         self.retryable = retryable
+        self.no_room = no_room
         self.output = output
 
 
@@ -298,7 +301,7 @@ class Trainer:
         cause = "it ran out of memory" if failure.reason is FailReason.OUT_OF_MEMORY else failure.exception_class
         no_room = failure.exception_class == "OSError" and failure.text.startswith(_NO_ROOM)
         if no_room:
-            cause = "the site's disk is full"
+            cause = "the site's disk is full or cannot be written"
         raise TrainerFailed(
             failure.reason,
             f"workload {self._name}: {what}: {cause}, step {failure.step}",
@@ -306,6 +309,7 @@ class Trainer:
             step=failure.step,
             memory_bytes=failure.memory_bytes,
             retryable=no_room or failure.reason is FailReason.OUT_OF_MEMORY,
+            no_room=no_room,
             output=f"{failure.text}\n{await child.tail()}".strip(),
         )
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
-from fedlink.bulk import STALL
 from fedlink.rpc import PATIENT, QUICK, Liveness
+from fedlink.transfer import STALL
 
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """Times after which silence means that something is broken; the same for every site.
+    """Times after which silence means that something is broken.
 
     Attributes:
         control: when the connection for control calls counts as dead.
@@ -23,3 +24,8 @@ class Patience:
     bulk: Liveness = PATIENT
     call: float = 60.0
     stall: float = STALL
+
+    @classmethod
+    def of(cls, stall: float) -> Self:
+        """That of a site which gives a chunk `stall` seconds; a sign travels behind the chunks, and gets no less."""
+        return cls(bulk=replace(PATIENT, answer=max(PATIENT.answer, stall)), stall=stall)

@@ -47,8 +47,6 @@ if TYPE_CHECKING:
 
 LEAST_BEAT_PATIENCE = 5.0
 """Seconds a heartbeat may take at least, however short the lease."""
-SAY_AGAIN_AFTER = 60.0
-"""Seconds between two log lines about a server that stays away."""
 LOOK_AGAIN_AFTER = 5.0
 """Seconds between two looks for a cause as long as none is found: a server that restarts is away first, wrong later."""
 BACKOFF = Retry(base=0.25, cap=5.0)
@@ -145,7 +143,7 @@ class Session:
         self._own = self._tls.check() if self._tls else None
         self._id = b""
         self._opening = asyncio.Lock()
-        self._away_since: float | None = None
+        self._away: log.Seldom | None = None
         self._look_again = 0.0
         self._registration = pb.RegisterClientRequest(
             instance_id=os.urandom(16),
@@ -358,7 +356,7 @@ class Session:
             text = "this site's certificate was renewed while the daemon ran with the former one: start it again"
             raise FedlinkError(Reason.TLS_REFUSED, text)
         if cause:
-            self._look_again = clock() + SAY_AGAIN_AFTER
+            self._look_again = clock() + log.SAY_AGAIN_AFTER
             self._log.error("no connection comes about; trying again until it does", error=cause.message)
 
     def _renewed(self) -> bool:
@@ -396,14 +394,13 @@ class Session:
             self.lease_term = _seconds(term)
 
     def _note_away(self, error: FedlinkError) -> None:
-        now = asyncio.get_running_loop().time()
-        if self._away_since is None or now - self._away_since > SAY_AGAIN_AFTER:
-            self._away_since = now
+        self._away = self._away or log.Seldom()
+        if self._away.due():
             self._log.warning("the server cannot be asked now; trying again until it can", error=error.message)
 
     def _note_back(self) -> None:
-        if self._away_since is not None:
-            self._away_since = None
+        if self._away is not None:
+            self._away = None
             self.returned.set()
             self._log.info("the server answers again")
 

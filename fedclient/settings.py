@@ -13,6 +13,7 @@ from fedlink.config import Bytes, Config, Name, Seconds, load_toml
 from fedlink.errors import FedlinkError, Reason
 from fedlink.route import Route, check_proxy, is_loopback, route_to
 from fedlink.tls import ClientTls
+from fedlink.transfer import STALL
 
 DEFAULT_SERVER = "127.0.0.1:8470"
 """Where `fedserver serve` listens by default."""
@@ -88,6 +89,8 @@ class SiteSettings(Config):
     """Journal, cache and unsent updates; locked by the daemon."""
     cache_limit: Bytes = Field(50 << 30, ge=0)
     """Bytes of downloaded model files to keep."""
+    transfer_stall_after: Seconds = Field(STALL, gt=0)
+    """Give a transfer's call up, and continue it in a new one, if not even one MiB moves for so long."""
     devices: tuple[str, ...] = ("auto",)
     """Devices to train on, one task each: "cpu", "cuda:0", "mps" or "auto" (the best one there is)."""
     workload: Mapping[Name, WorkloadSettings] = Field(min_length=1)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import errno
 import os
 import shutil
 import time
@@ -41,6 +42,9 @@ MAX_CACHED_FILES = 1000
 
 CHECKPOINT_WAITS = 86400.0
 """Seconds that the checkpoint of a failed training waits for the server to give the training once more."""
+
+DISK_REFUSES = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS))
+"""What a disk says that is full or cannot be written now."""
 
 _DIGEST_CHARS = 2 * DIGEST_SIZE
 
@@ -124,6 +128,8 @@ class Held(_Kept):
     outcome: Outcome | None = None
     """Set from TRAINED on."""
     completed: bool = False
+    retryable: bool = False
+    """It failed, and the server may give the same work again: its checkpoint is kept."""
 
     @property
     def token(self) -> bytes:
@@ -199,7 +205,7 @@ class Spool:
             if directory.name not in known:
                 shutil.rmtree(directory)
         self._held = {h.token: h for h in held}
-        self._drop_checkpoints(waits=0.0)
+        self._drop_checkpoints(waits=CHECKPOINT_WAITS)
         return held
 
     def put(self, held: Held) -> None:
@@ -228,12 +234,16 @@ class Spool:
         Args:
             token: the task's.
             keep_checkpoint: the server may give the same work again, under another token.
+
+        Raises:
+            OSError: the disk refuses.
         """
         (self._journal / f"{token.hex()}.json").unlink(missing_ok=True)
         reach("task.dropped")
         shutil.rmtree(self._tasks / token.hex(), ignore_errors=True)
         held = self._held.pop(token, None)
-        if held and not keep_checkpoint:
+        # A trained task has none any more: what is there is a later round's, and may wait for its next attempt.
+        if held and held.stage is Stage.FETCHED and not keep_checkpoint:
             self._drop_checkpoint(held)
 
     def keep_files(self, token: bytes) -> None:
@@ -340,6 +350,24 @@ def fresh_directory(path: Path) -> Path:
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(mode=0o700, parents=True)
     return path
+
+
+def refuses(directory: Path, size: int) -> str:
+    """Why the disk does not take a file of so many bytes into a directory, which is emptied; "" if it does. Blocks."""
+    probe = directory / "room"
+    try:
+        fresh_directory(directory)
+        try:
+            with probe.open("wb") as f:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(f.fileno(), 0, min(max(size, 1), MAX_BLOB_SIZE))
+                elif shutil.disk_usage(directory).free < size:
+                    return os.strerror(errno.ENOSPC)
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as e:
+        return str(e.strerror) if e.errno in DISK_REFUSES else ""
+    return ""
 
 
 def sync_files(paths: Iterable[Path]) -> None:

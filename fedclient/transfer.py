@@ -16,7 +16,7 @@ from pathlib import Path
 from fedclient.session import Session
 from fedclient.spool import BlobCache, Order, fresh_directory
 from fedclient.trainer.wire import MODEL_FILE
-from fedlink import bulk
+from fedlink import bulk, log
 from fedlink.blobs import MAX_MANIFEST_SIZE, BlobRef
 from fedlink.errors import FedlinkError, Reason
 from fedlink.manifest import FileEntry, Manifest, manifest_of_files
@@ -105,7 +105,11 @@ class Transfer:
         self._cache.unpin(token)
         if not self._lock.locked():  # else the fetch under way trims
             async with self._lock:
-                await asyncio.to_thread(self._cache.trim, self._cache.pinned())
+                try:
+                    await asyncio.to_thread(self._cache.trim, self._cache.pinned())
+                except OSError as e:
+                    # No task is the worse for it, and the next fetch trims again.
+                    log.get("cache").warning("the cache could not be brought under its limit", error=e.strerror)
 
     async def send(self, token: bytes, update: Encoded, on_bytes: OnBytes) -> None:
         """Send an update under a task; what the server has already moves no byte.

@@ -28,7 +28,7 @@ from pydantic import ValidationError
 from fedclient.launch import FailReason, Job, JobKind, Progress, Result, TrainerFailed, Write
 from fedclient.policy import Refused, Terms
 from fedclient.session import BACKOFF, Session, TaskFailure
-from fedclient.spool import Held, Order, Outcome, Spool, Stage, fresh_directory
+from fedclient.spool import Held, Order, Outcome, Spool, Stage, fresh_directory, refuses
 from fedclient.transfer import Encoded, Transfer, drop_model_files, encode
 from fedlink import log
 from fedlink.config import explain
@@ -46,16 +46,20 @@ SESSION_OVER = frozenset(
         Reason.CLIENT_TOO_OLD,
         Reason.CLIENT_TOO_NEW,
         Reason.BAD_REGISTRATION,
+        Reason.TLS_REFUSED,
+        Reason.PROXY_REFUSED,
     }
 )
-"""The server refuses this daemon: it stops."""
-
-DISK_REFUSES = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS))
-"""What a disk says that is full or cannot be written now."""
+"""The server refuses this daemon, or can only be reached again by its next start: it stops."""
 LEAST_BEAT = 1.0
 """Seconds between two heartbeats at least, unless the lease is shorter."""
 
 _T = TypeVar("_T")
+
+_GONE = frozenset({errno.ENOENT})
+"""What is said of a file that will not come back by waiting."""
+_NOT_KEPT = _GONE | {errno.EIO}
+"""The same of a file being synced: what a sync lost once, the next one does not tell of."""
 
 
 class TrainerHandle(Protocol):
@@ -195,19 +199,25 @@ class Work:
             FedlinkError: the task or the session is over.
         """
         self._log.error("gave the task up", reason=failure.reason, error=failure.message)
-        await self._tools.session.fail(self.held.token, failure)
-        await self.forget(keep_checkpoint=failure.retryable)
+        tools = self._tools
+        # Before the server knows: if its answer is lost, or comes too late for us, the task is over like any other.
+        self.held = self.held.model_copy(update={"retryable": failure.retryable})
+        if failure.retryable and self.held.stage is Stage.FETCHED:
+            with contextlib.suppress(OSError):
+                await tools.on_disk(tools.spool.put, self.held)
+        await tools.session.fail(self.held.token, failure)
+        await self.forget()
 
-    async def forget(self, *, keep_checkpoint: bool = False) -> None:
-        """Delete everything kept of the task; another attempt may go on from its checkpoint."""
+    async def forget(self) -> None:
+        """Delete everything kept of the task, but the checkpoint that another attempt may go on from."""
+        tools, token = self._tools, self.held.token
         try:
-            await self._tools.on_disk(partial(self._tools.spool.drop, self.held.token, keep_checkpoint=keep_checkpoint))
-            await self._tools.transfer.let_go(self.held.token)
+            await tools.on_disk(partial(tools.spool.drop, token, keep_checkpoint=self.held.retryable))
         except OSError as e:
-            if e.errno not in DISK_REFUSES:
-                raise
             # What stays is deleted after the next start, when the server is asked about it.
             self._log.error("the site's disk refuses to delete what is over", error=e.strerror)
+        finally:
+            await tools.transfer.let_go(token)
         self.gone = True
 
     def reopen(self) -> None:
@@ -235,8 +245,9 @@ class Work:
                 failures = 0
             except FedlinkError as e:
                 if e.reason is Reason.TASK_COMPLETED:
-                    # The verdict is on its way to `deliver`; there is nothing left to keep alive.
-                    await asyncio.Future()
+                    # The verdict is on its way to `deliver`. A server that loses the update opens the task again.
+                    await asyncio.sleep(session.lease_term / 3)
+                    continue
                 if e.reason in TASK_OVER:
                     return e.message
                 if not e.reason.retryable:
@@ -290,14 +301,11 @@ class Work:
             checkpoint_every=self._terms.settings.checkpoint_every,
         )
         began = time.monotonic()
-        self._trainer = await get_trainer()
-        try:
-            result = await self._trainer.run(job, self._note_progress)
-        finally:
-            self._trainer = None
+        result = await self._train(get_trainer, job)
         reach("update.computed")
-        self.held = self.held.trained(self._outcome(result))
-        await self._when_the_disk_does(lambda: tools.on_disk(self._keep_result))
+        trained = self.held.trained(self._outcome(result))
+        await self._when_the_disk_does(lambda: tools.on_disk(self._keep_result, trained), hopeless=_NOT_KEPT)
+        self.held = trained
         await tools.transfer.let_go(token)
         self._log.info(
             "computed",
@@ -307,26 +315,56 @@ class Work:
             seconds=_since(began),
         )
 
-    async def _when_the_disk_does(self, act: Callable[[], Awaitable[_T]]) -> _T:
-        """Do something that writes what must not be lost, again and again while the disk is full or read-only."""
-        attempts = 0
+    async def _train(self, get_trainer: GetTrainer, job: Job) -> Result:
+        while True:
+            self._trainer = await get_trainer()
+            try:
+                return await self._trainer.run(job, self._note_progress)
+            except TrainerFailed as e:
+                if not e.no_room or not self.order.update or not await self._waited_for_room():
+                    raise
+            finally:
+                self._trainer = None
+
+    async def _waited_for_room(self) -> bool:
+        """Wait until an update fits on the site's disk, as every other attempt would fail at the same place.
+
+        False if it fits at once: then it was not this disk that had no room.
+        """
+        attempts, seldom, size = 0, log.Seldom(), self.order.max_update_bytes
+        update_dir = self._tools.spool.update_dir(self.held.token)
+        while refusal := await asyncio.to_thread(refuses, update_dir, size):
+            if seldom.due():
+                text = "the site's disk has no room for the update; the training waits, and then goes on"
+                self._log.error(text, error=refusal, bytes=size)
+            attempts += 1
+            await asyncio.sleep(BACKOFF.delay(attempts, self._tools.rng))
+        return attempts > 0
+
+    async def _when_the_disk_does(self, act: Callable[[], Awaitable[_T]], hopeless: frozenset[int] = _GONE) -> _T:
+        """Do something with a finished result, again and again whatever the site's system says but what is hopeless.
+
+        The disk may be full, read-only or away, files or memory short: all of it may pass, and hours of training are
+        not given up for it.
+        """
+        attempts, seldom = 0, log.Seldom()
         while True:
             try:
                 return await act()
             except OSError as e:
-                if e.errno not in DISK_REFUSES:
+                if e.errno in hopeless:
                     raise
-                if not attempts:
+                if seldom.due():
                     self._log.error("the site's disk refuses; the finished result waits for it", error=e.strerror)
                 attempts += 1
                 await asyncio.sleep(BACKOFF.delay(attempts, self._tools.rng))
 
-    def _keep_result(self) -> None:
+    def _keep_result(self, trained: Held) -> None:
         spool, token = self._tools.spool, self.held.token
         if self.order.update:
             drop_model_files(spool.model_dir(token))
             spool.keep_files(token)
-        spool.put(self.held)
+        spool.put(trained)
 
     def _outcome(self, result: Result) -> Outcome:
         assert self._terms is not None
@@ -362,7 +400,7 @@ class Work:
             reach("update.encoded")
         if self._encoded and self.held.stage is Stage.TRAINED:
             with _already_completed():
-                await tools.transfer.send(token, self._encoded, self.status.advance)
+                await self._send(self._encoded)
             reach("update.sent")
         update = self._encoded.manifest.ref if self._encoded else None
         attempts = 0
@@ -374,7 +412,7 @@ class Work:
                 if e.reason is not Reason.BLOB_MISSING or self._encoded is None:
                     raise
                 self._log.warning("the server asks for the update again", error=e.message)
-                await tools.transfer.send(token, self._encoded, self.status.advance)
+                await self._send(self._encoded)
                 verdict = None
             self.status.advance(self.status.done, self.status.total)
             if verdict and verdict.accepted is not None:
@@ -386,6 +424,10 @@ class Work:
         else:
             self._log.error("refused", reason=verdict.reason, tensor=verdict.tensor, error=verdict.message)
         return verdict.accepted
+
+    async def _send(self, update: Encoded) -> None:
+        send = self._tools.transfer.send
+        await self._when_the_disk_does(lambda: send(self.held.token, update, self.status.advance))
 
 
 def _since(began: float) -> float:

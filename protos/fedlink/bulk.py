@@ -30,6 +30,7 @@ from fedlink.part import PartFile
 from fedlink.rpc import Chunk, Metadata, decode_read_response, encode_bulk, from_rpc_error
 from fedlink.transfer import (
     FOREVER,
+    STALL,
     Done,
     Download,
     Event,
@@ -54,8 +55,6 @@ from fedlink.v1 import blob_service_pb2 as pb
 from fedlink.v1 import blob_service_pb2_grpc as pb_grpc
 from fedlink.v1 import types_pb2
 
-STALL = 60.0
-"""Seconds in which at least one chunk must move, or the call is taken for broken; also what a unary call may take."""
 MAX_DIGESTS = 4096
 """Digests in one FindMissingBlobs."""
 
@@ -98,6 +97,7 @@ async def find_missing(
     rng = rng or random.SystemRandom()
     missing: list[bytes] = []
     failures = Failures()
+    waits = _Waits("FindMissingBlobs")
     while asked := digests[:MAX_DIGESTS]:
         request = pb.FindMissingBlobsRequest(digests=asked, **_purpose_field(purpose))
         try:
@@ -106,7 +106,7 @@ async def find_missing(
             failures, action = failures.after(from_rpc_error(e), retry, rng)
             if isinstance(action, GiveUp):
                 raise action.error from e
-            await _sleep(action, "FindMissingBlobs")
+            await waits.sleep(action)
             continue
         missing += answer.missing
         digests = digests[MAX_DIGESTS:]
@@ -149,6 +149,7 @@ async def upload_file(
     rng = rng or random.SystemRandom()
     report = on_progress or _ignore
     sending = _Sending(channel, ref, chunk_digests, purpose, metadata, report, stall)
+    waits = _Waits(f"upload of blob {ref}")
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         state, action = Upload(ref, retry).begin()
@@ -161,7 +162,7 @@ async def upload_file(
                         await asyncio.to_thread(_check_unchanged, fd, ref, chunk_digests, action.start)
                     event = await sending.send(fd, action)
                 case Wait():
-                    event = await _sleep(action, f"upload of blob {ref}")
+                    event = await waits.sleep(action)
                 case GiveUp(error):
                     raise error
                 case Fetch():
@@ -214,6 +215,7 @@ async def download_blob(
         await settled(resuming)
         resuming.result()
         fetching = _Fetching(channel, ref, part, task_token, metadata, report, stall)
+        waits = _Waits(f"download of blob {ref}")
         state, action = Download(ref, retry, part.verified, part.has_list).begin()
         while not isinstance(action, Done):
             report(part.verified, ref.size)
@@ -221,7 +223,7 @@ async def download_blob(
                 case Fetch():
                     event: Event = await fetching.fetch(action)
                 case Wait():
-                    event = await _sleep(action, f"download of blob {ref}")
+                    event = await waits.sleep(action)
                 case GiveUp(error):
                     raise error
                 case Start() | Send():
@@ -380,17 +382,25 @@ def _changed(ref: BlobRef) -> FedlinkError:
     return FedlinkError(Reason.BLOB_CORRUPT, f"The file of blob {ref} was changed after it was hashed; make it again.")
 
 
-async def _sleep(action: Wait, what: str) -> Waited:
-    error = action.because
-    log.get("transfer").warning(
-        "waiting to try again",
-        what=what,
-        reason=error.reason.name,
-        error=error.message,
-        seconds=round(action.seconds, 2),
-    )
-    await asyncio.sleep(action.seconds)
-    return Waited()
+class _Waits:
+    """The waits of one transfer; an outage may make many of them, so each reason is said seldom."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._seldom = log.Seldom()
+
+    async def sleep(self, action: Wait) -> Waited:
+        error = action.because
+        if self._seldom.due(error.reason):
+            log.get("transfer").warning(
+                "waiting to try again",
+                what=self._what,
+                reason=error.reason.name,
+                error=error.message,
+                seconds=round(action.seconds, 2),
+            )
+        await asyncio.sleep(action.seconds)
+        return Waited()
 
 
 def _purpose_field(purpose: Purpose) -> dict[str, bytes]:

@@ -5,9 +5,29 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import time
+from collections.abc import Hashable
 from typing import Any
 
 import structlog
+
+SAY_AGAIN_AFTER = 60.0
+"""Seconds between two lines about what goes on and on."""
+
+
+class Seldom:
+    """When to say what goes on and on: at once, and then once a minute."""
+
+    def __init__(self) -> None:
+        self._said: dict[Hashable, float] = {}
+
+    def due(self, what: Hashable = None) -> bool:
+        """Whether it is to be said now; each thing by itself, of which there must not be many."""
+        now, said = time.monotonic(), self._said.get(what)
+        if said is not None and now - said < SAY_AGAIN_AFTER:
+            return False
+        self._said[what] = now
+        return True
 
 
 class _Stderr:

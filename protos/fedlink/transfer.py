@@ -30,6 +30,8 @@ MAX_RETRY_AFTER = 300.0
 AWAY_CAP = 2.0
 """Seconds; the longest wait while a server cannot be reached. Asking costs it nothing: gRPC answers here, and tries to
 connect at its own pace."""
+STALL = 60.0
+"""Seconds in which at least one chunk must move, or the call is taken for broken; also what a unary call may take."""
 MAX_CORRUPT = 5
 """Times in a row that the same bytes may arrive damaged before the blob counts as corrupt."""
 

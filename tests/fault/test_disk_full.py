@@ -151,15 +151,26 @@ def test_a_sites_disk_fills_up(tmp_path: Path, so: Path) -> None:
         until(lambda: said("the site's disk: No space left on device"), "the download to fail")
         site.hold()
         disk.heal()
-        # While the trainer writes its update.
+        # While the trainer writes its update: the training waits for room, and is no failure at the server.
         site.until_training(1)
+        found = federation.round("r", 1)
+        assert found is not None
+        attempts = len(found.tasks)
         disk.fill(MB)
         site.release()
-        until(lambda: said("the site's disk is full"), "the update not to be written")
+        until(lambda: said("no room for the update"), "the update not to be written")
+        assert said("the site's disk is full")
         site.hold()
         disk.heal()
         # With the update written, and no room to note it: the finished work is kept, not done again.
         site.until_training(1, times=2)
+        disk.freeze()
+        site.release()
+        until(lambda: said("cannot be written, step"), "the update not to be written once more")
+        until(lambda: said("no room for the update", times=2), "the training to wait once more")
+        site.hold()
+        disk.heal()
+        site.until_training(1, times=3)
         disk.fill((federation.root / "start.safetensors").stat().st_size + 500)
         site.release()
         until(lambda: said("the finished result waits"), "the journal not to be written")
@@ -168,6 +179,10 @@ def test_a_sites_disk_fills_up(tmp_path: Path, so: Path) -> None:
         arrays_equal(federation.export("r@1"), expected(start, [SITES["a"]], 1))
         assert site.daemon is not None
         assert site.daemon.running
-        assert [r for r, _ in site.trained] == [1, 1]
+        assert [r for r, _ in site.trained] == [1, 1, 1]
+        found = federation.round("r", 1)
+        assert found is not None
+        assert len(found.tasks) == attempts
         assert "defect" not in site.daemon.text()
         assert disk.fired("full") >= 3
+        assert disk.fired("readonly")

@@ -209,6 +209,57 @@ async def test_a_lost_update_is_sent_again_when_asked_for(server: FakeServer, si
     assert len(site.trained) == 1
 
 
+async def test_an_accepted_update_is_sent_again_under_its_lease(server: FakeServer, site: Site, tmp_path: Path) -> None:
+    server.state.lease_term = 0.6
+    model = add_model(server, tmp_path / "model")
+    async with running(site):
+        token = await server.give(train_task(model))
+        await server.until(lambda s: s.completed)
+        await server.until(lambda _: journal(site)[0]["completed"])
+        # The server loses its power, and with it the update; the line is slow.
+        await server.stop()
+        server.state.blobs = {d: b for d, b in server.state.blobs.items() if d in server.state.read}
+        server.state.uploads.clear()
+        server.state.beats.clear()
+        server.state.received = 0
+        server.state.write_delay = 60.0
+        server.state.faults["ExtendLease"].append(FedlinkError(Reason.TASK_COMPLETED, "it is in"))
+        await server.start()
+        await server.until(lambda s: len([b for b in s.beats if b.token == token]) > 3)
+        assert server.state.beats[-1].activity == pb.ExtendLeaseRequest.ACTIVITY_UPLOADING
+        # Being asked for it meanwhile keeps nothing else from being done.
+        async with server.state.changed:
+            server.state.reopened.add(token)
+            server.state.changed.notify_all()
+        await server.until(lambda s: not s.reopened)
+        await server.give(evaluate_task(model))
+        await server.until(lambda s: len(s.completed) == 2)
+        assert server.state.received == 0
+        server.state.write_delay = 0.0
+        await server.stop()
+        await server.start()
+        await server.until(lambda s: [c.token for c in s.completed].count(token) >= 3)
+    assert len(site.trained) == 1
+
+
+async def test_a_released_task_that_still_runs_makes_no_tight_loop(
+    server: FakeServer, site: Site, tmp_path: Path
+) -> None:
+    model = add_model(server, tmp_path / "model")
+    server.state.write_delay = 60.0
+    async with running(site):
+        token = await server.give(train_task(model))
+        await server.until(lambda s: any(b.activity == pb.ExtendLeaseRequest.ACTIVITY_UPLOADING for b in s.beats))
+        async with server.state.changed:
+            server.state.released.add(token)
+            server.state.changed.notify_all()
+        polls = len(server.state.polls)
+        await asyncio.sleep(1.5)
+        assert 1 <= len(server.state.polls) - polls < 20
+        server.state.over[token] = Reason.ROUND_CLOSED
+        await server.until(lambda _: not journal(site))
+
+
 async def test_equal_updates_are_announced_for_each_task(server: FakeServer, site: Site, tmp_path: Path) -> None:
     async with running(site):
         for n in range(2):
@@ -339,6 +390,97 @@ async def test_a_server_that_wants_us_no_more_ends_the_daemon(server: FakeServer
         await asyncio.wait_for(Agent(site.settings).run(), 20)
     assert e.value.reason is reason
     assert e.value.reason.exit_code == 4
+
+
+@pytest.mark.parametrize("reason", [Reason.TLS_REFUSED, Reason.PROXY_REFUSED])
+async def test_what_only_a_new_start_cures_is_no_failure_of_the_task(
+    server: FakeServer, site: Site, tmp_path: Path, reason: Reason
+) -> None:
+    model = add_model(server, tmp_path / "model")
+    # Said by the session, when a renewed certificate or a proxy is in its way.
+    server.state.faults["CompleteTask"].append(FedlinkError(reason, "start it again"))
+    await server.give(train_task(model))
+    with pytest.raises(FedlinkError, match="start it again"):
+        await asyncio.wait_for(Agent(site.settings).run(), 20)
+    assert server.state.failed == []
+    async with running(site):
+        await server.until(lambda s: s.completed)
+    assert len(site.trained) == 1
+
+
+async def test_a_finished_update_waits_for_whatever_ails_the_site(
+    server: FakeServer, site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = add_model(server, tmp_path / "model")
+
+    async def ails_for_a_while() -> None:
+        said = 0
+        while not said:
+            await asyncio.sleep(0.01)
+            said = capsys.readouterr().out.count("the finished result waits")
+        await asyncio.sleep(1.0)
+        assert "the finished result waits" not in capsys.readouterr().out
+
+    async with killed(site):
+        token = await server.give(train_task(model))
+        await server.until(lambda s: s.completed)
+        await server.until(lambda _: journal(site)[0]["completed"])
+        state = site.directory / "fedclient-state"
+        [file] = (state / "tasks" / token.hex() / "update").glob("*-00001-*.safetensors")
+        away = file.rename(tmp_path / "away")
+        # When it is sent once more: a file that cannot be opened now, though it is there.
+        file.symlink_to(file.name)
+        await server.stop()
+        server.state.blobs = {d: b for d, b in server.state.blobs.items() if d in server.state.read}
+        server.state.uploads.clear()
+        await server.start()
+        await ails_for_a_while()
+        file.unlink()
+        away.rename(file)
+        await server.until(lambda s: len(s.completed) == 2)
+    # When it is hashed.
+    [entry] = (state / "journal").iterdir()
+    entry.write_text(json.dumps(json.loads(entry.read_text()) | {"completed": False}))
+    file.rename(away)
+    file.symlink_to(file.name)
+    async with running(site):
+        await ails_for_a_while()
+        file.unlink()
+        away.rename(file)
+        await server.until(lambda s: len(s.completed) == 3)
+    assert server.state.failed == []
+    assert len(site.trained) == 1
+
+
+async def test_a_disk_that_refuses_to_delete_holds_up_nothing_else(server: FakeServer, tmp_path: Path) -> None:
+    site = Site(tmp_path / "site", server.address, extra="cache_limit = 0")
+    state = site.directory / "fedclient-state"
+    model = add_model(server, tmp_path / "model")
+    site.set("hold")
+    async with running(site):
+        token = await server.give(train_task(model))
+        await server.until(lambda _: site.trained)
+        assert list((state / "cache").iterdir())
+        # No file that could be unlinked.
+        entry = state / "journal" / f"{token.hex()}.json"
+        entry.rename(tmp_path / "entry")
+        entry.mkdir()
+        server.state.over[token] = Reason.ROUND_CLOSED
+        await server.until(lambda _: not list((state / "cache").iterdir()))
+        site.clear("hold")
+        await server.give(evaluate_task(model))
+        await server.until(lambda s: s.completed)
+
+
+async def test_a_transfer_that_stalls_is_begun_anew_as_soon_as_the_site_says(
+    server: FakeServer, tmp_path: Path
+) -> None:
+    site = Site(tmp_path / "site", server.address, extra="transfer_stall_after = 0.5")
+    model = add_model(server, tmp_path / "model")
+    server.state.faults["ReadBlob"].append(60.0)
+    async with running(site):
+        await server.give(evaluate_task(model))
+        await server.until(lambda s: s.completed)
 
 
 async def test_draining_hands_training_back_and_keeps_it(server: FakeServer, site: Site, tmp_path: Path) -> None:
@@ -479,8 +621,8 @@ async def test_draining_at_the_last_steps_of_a_task(
             await asyncio.sleep(0)
         agent.drain()
 
-    async def forget_and_drain(work: Work, *, keep_checkpoint: bool = False) -> None:
-        await forget(work, keep_checkpoint=keep_checkpoint)
+    async def forget_and_drain(work: Work) -> None:
+        await forget(work)
         drains.append(asyncio.create_task(drain_soon()))
 
     monkeypatch.setattr(Work, "forget", forget_and_drain)

@@ -6,8 +6,10 @@ import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import grpc
 import pytest
 
+from fedlink.errors import Reason
 from fedlink.v1 import coordination_service_pb2 as pb
 from tests.support.fake_server import FakeServer
 from tests.support.site import Site, add_model, journal, killed, running, train_task, values
@@ -55,6 +57,40 @@ async def test_another_attempt_goes_on_from_the_checkpoint(server: FakeServer, t
         await server.give(train_task(model, attempt=1, settings_json=FIVE_STEPS))
         await server.until(lambda s: s.completed)
     assert site.steps == [0, 1, 2, 3, 3, 4]
+    assert values(server, server.state.completed[0])["b"] == [5.0, 5.0]
+    assert site.checkpoints == []
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_a_failure_whose_answer_is_lost_keeps_the_checkpoint(
+    server: FakeServer, tmp_path: Path, restarted: bool
+) -> None:
+    site = Site(tmp_path / "site", server.address, workload=CHECKPOINTS)
+    model = add_model(server, tmp_path / "model")
+    site.set("crash")
+    unheard = [grpc.StatusCode.UNAVAILABLE] * 1000
+    server.state.faults["FailTask"].extend(unheard)
+    async with killed(site):
+        token = await server.give(train_task(model, settings_json=FIVE_STEPS))
+        await server.until(lambda s: len(s.faults["FailTask"]) < len(unheard))
+        # The server has noted it, and the answer is lost; all that it says from now on is that the task is over.
+        if not restarted:
+            server.state.over[token] = Reason.ROUND_CLOSED
+            server.state.faults.clear()
+            await server.until(lambda _: not journal(site))
+    server.state.over[token] = Reason.ROUND_CLOSED
+    server.state.faults.clear()
+    site.clear("crash")
+    site.set("hold")
+    async with running(site):
+        # Started again or not, the daemon has the checkpoint when the server gives the training once more.
+        await server.until(lambda s: s.polls and s.waiting and not journal(site))
+        assert site.checkpoints == ["r1@adder/checkpoint.safetensors"]
+        site.clear("hold")
+        await server.give(train_task(model, attempt=2, settings_json=FIVE_STEPS))
+        await server.until(lambda s: s.completed)
+    assert site.steps[-2:] == [3, 4]
+    assert site.steps.count(0) == 1
     assert values(server, server.state.completed[0])["b"] == [5.0, 5.0]
     assert site.checkpoints == []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,22 @@ async def test_up_and_down(tmp_path: Path, size: int) -> None:
         assert target.read_bytes() == data
         assert server.access.read == size
         assert not list(tmp_path.glob("target.*"))
+
+
+async def test_an_outage_is_not_said_at_every_try(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Impatient(random.Random):
+        def random(self) -> float:
+            return 0.001
+
+    source = tmp_path / "source"
+    source.write_bytes(b"x")
+    ref, digests = bulk.hash_file(source)
+    async with channel_to("127.0.0.1:1") as channel:
+        with pytest.raises(FedlinkError):
+            await bulk.upload_file(
+                channel, source, ref, digests, TASK, metadata=as_client("a"), retry=Retry(limit=50), rng=Impatient()
+            )
+    assert capsys.readouterr().out.count("waiting to try again") == 1
 
 
 async def test_through_a_line_that_breaks(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from fedlink import bulk, rpc
 from fedlink.blobs import CHUNK_SIZE, chunk_digests_of, ref_of
 from fedlink.errors import FedlinkError, Reason
-from fedlink.transfer import Retry, TaskPurpose
+from fedlink.transfer import STALL, Retry, TaskPurpose
 from fedlink.v1 import blob_service_pb2 as pb
 from tests.support.transfer import QUICK, as_client, channel_to, some_bytes
 
@@ -54,7 +54,7 @@ async def scripted(**methods: Script) -> AsyncIterator[grpc.aio.Channel]:
         await server.stop(None)
 
 
-async def download(channel: grpc.aio.Channel, target: Path, *, stall: float = bulk.STALL, **retry: Any) -> None:
+async def download(channel: grpc.aio.Channel, target: Path, *, stall: float = STALL, **retry: Any) -> None:
     await bulk.download_blob(
         channel, REF, target, task_token=b"t", metadata=as_client("a"), retry=Retry(**QUICK | retry), stall=stall
     )

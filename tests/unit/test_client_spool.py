@@ -100,18 +100,31 @@ def test_a_checkpoint_stays_while_a_task_would_go_on_from_it(tmp_path: Path) -> 
     assert checkpoints(tmp_path) == []
 
 
-def test_at_the_start_only_the_checkpoints_of_held_trainings_stay(tmp_path: Path) -> None:
+def test_at_the_start_checkpoints_wait_for_another_attempt_but_not_for_ever(tmp_path: Path) -> None:
     spool = Spool(tmp_path)
-    fetched, trained, gone = (Held(order=order(run.encode(), run=run)) for run in ("fetched", "trained", "gone"))
-    for held in (fetched, trained.trained(OUTCOME), gone):
+    fetched, failed, older = (Held(order=order(run.encode(), run=run)) for run in ("fetched", "failed", "older"))
+    for held in (fetched, failed, older):
         spool.put(held)
         write_checkpoint(spool, held)
-    spool.drop(b"gone", keep_checkpoint=True)
-    assert checkpoints(tmp_path) == ["fetched@heart", "gone@heart", "trained@heart"]
+    for held in (failed, older):
+        spool.drop(held.token, keep_checkpoint=True)
+    for held in (fetched, older):
+        os.utime(spool.checkpoint_dir(held.order), times=(1e9, 1e9))
     spool.close()
     again = Spool(tmp_path)
     again.load()
-    assert checkpoints(tmp_path) == ["fetched@heart"]
+    assert checkpoints(tmp_path) == ["failed@heart", "fetched@heart"]
+
+
+def test_an_update_that_is_over_takes_no_later_checkpoint_along(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    late, failed = Held(order=order(b"late", round=1)), Held(order=order(b"failed", round=2))
+    spool.put(late.trained(OUTCOME))
+    spool.put(failed)
+    write_checkpoint(spool, failed)
+    spool.drop(b"failed", keep_checkpoint=True)
+    spool.drop(b"late")
+    assert checkpoints(tmp_path) == ["r1@heart"]
 
 
 def test_a_checkpoint_does_not_wait_for_another_attempt_for_ever(tmp_path: Path) -> None:

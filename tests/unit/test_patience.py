@@ -6,6 +6,7 @@ import random
 
 from fedclient.patience import Patience
 from fedclient.session import BACKOFF
+from fedclient.settings import SiteSettings
 from fedlink import rpc
 from fedlink.errors import FedlinkError, Reason
 from fedlink.transfer import AWAY_CAP, FOREVER
@@ -17,6 +18,12 @@ def test_no_client_asks_for_signs_more_often_than_a_server_allows() -> None:
     patience = Patience()
     for liveness in (patience.control, patience.bulk, rpc.QUICK, rpc.PATIENT):
         assert liveness.silence > 1.5 * allowed
+
+
+def test_a_sign_is_waited_for_as_long_as_the_chunks_before_it_may_take() -> None:
+    assert Patience.of(SiteSettings.model_fields["transfer_stall_after"].default) == Patience()
+    assert Patience.of(300.0).stall == Patience.of(300.0).bulk.answer == 300.0
+    assert Patience.of(1.0).bulk == Patience().bulk
 
 
 def test_a_server_that_vanished_is_missed_before_its_leases_end() -> None:
