@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Self
 
-from fedlink.rpc import PATIENT, QUICK, Liveness
+from fedlink.rpc import PATIENT, QUICK, Liveness, patient
 from fedlink.transfer import STALL
 
 
@@ -28,4 +28,4 @@ class Patience:
     @classmethod
     def of(cls, stall: float) -> Self:
         """That of a site which gives a chunk `stall` seconds; a sign travels behind the chunks, and gets no less."""
-        return cls(bulk=replace(PATIENT, answer=max(PATIENT.answer, stall)), stall=stall)
+        return cls(bulk=patient(stall), stall=stall)

@@ -133,7 +133,7 @@ async def running(settings: ServerSettings) -> AsyncIterator[App]:
         stack.push_async_callback(engine.close)
         await stack.enter_async_context(_meanwhile(expire_imports(database, parts.versions, spool)))
 
-        limits = BulkLimits(streams=settings.bulk_streams, streams_per_caller=max(1, settings.bulk_streams // 2))
+        limits = BulkLimits.of(settings)
         certificates = Certificates(settings.tls) if settings.tls else None
         if certificates:
             stack.enter_context(handshakes_explained(Summary(_refused).add))
@@ -149,7 +149,7 @@ async def running(settings: ServerSettings) -> AsyncIterator[App]:
             lease_term=settings.lease_term,
             max_poll_wait=settings.max_poll_wait,
         )
-        sites_server = grpc.aio.server(options=rpc.server_options())
+        sites_server = grpc.aio.server(options=rpc.server_options(rpc.patient(settings.transfer_stall_after)))
         coordination_service_pb2_grpc.add_CoordinationServiceServicer_to_server(coordination, sites_server)
         blobs = BlobServicer(parts.access, store, spool, identify=identity.caller, executor=executor, limits=limits)
         blobs.add_to_server(sites_server)

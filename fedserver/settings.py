@@ -75,6 +75,8 @@ class ServerSettings(Config):
     """Seconds a poll is held; below the lease term, so that a waiting site counts as connected."""
     bulk_streams: int = Field(8, ge=1, le=256)
     """Bulk streams that may use about 12 MiB each; up to three times as many share that memory."""
+    transfer_stall_after: Seconds = Field(60.0, ge=1, le=86400)
+    """Seconds without a whole MiB after which a bulk stream loses its place."""
     disk_reserve: Bytes = Field(256 << 20, ge=0)
     """Bytes of the data directory's disk that uploads leave free, besides what the next version takes."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -7,10 +7,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Self
 
 from fedlink.batches import BATCH_CHUNKS
 from fedlink.errors import FedlinkError, Reason
 from fedserver.runtime.access import Caller
+from fedserver.settings import ServerSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,12 @@ class BulkLimits:
     """Seconds after which a client turned away may ask again; longer, the more there are before it."""
     stall: float = 60.0
     """Seconds without a message after which a stream loses its place."""
+
+    @classmethod
+    def of(cls, settings: ServerSettings) -> Self:
+        """What a server's settings say."""
+        per_caller = max(1, settings.bulk_streams // 2)
+        return cls(settings.bulk_streams, streams_per_caller=per_caller, stall=settings.transfer_stall_after)
 
 
 class Admission:

@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
@@ -70,11 +70,16 @@ _COMMON_OPTIONS: list[tuple[str, Any]] = [
 ]
 
 
-def server_options() -> list[tuple[str, Any]]:
+def patient(stall_after: float) -> Liveness:
+    """For blobs, where a chunk may take so many seconds."""
+    return replace(PATIENT, answer=max(PATIENT.answer, stall_after))
+
+
+def server_options(liveness: Liveness = PATIENT) -> list[tuple[str, Any]]:
     """Options for every server: room for a mass reconnection, and one server a port."""
     return [
         *_COMMON_OPTIONS,
-        *PATIENT.options,
+        *liveness.options,
         ("grpc.so_reuseport", 0),
         ("grpc.max_metadata_size", 16 << 10),
         ("grpc.server.max_pending_requests", 100_000),

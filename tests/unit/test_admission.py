@@ -10,6 +10,7 @@ from fedlink.batches import BATCH_CHUNKS
 from fedlink.errors import FedlinkError, Reason
 from fedserver.runtime.access import Caller
 from fedserver.services.admission import Admission, BulkLimits
+from fedserver.settings import ServerSettings
 
 
 class Ground:
@@ -86,3 +87,8 @@ def test_one_caller_has_at_most_its_share(others: int) -> None:
         assert ground.come("a")
         # It is not waited for: what it waits for is its own.
         assert bool(ground.come("b")) is bool(others)
+
+
+def test_the_settings_say_how_much_and_how_long() -> None:
+    limits = BulkLimits.of(ServerSettings(bulk_streams=6, transfer_stall_after=300))
+    assert (limits.streams, limits.streams_per_caller, limits.stall) == (6, 3, 300.0)
