@@ -100,6 +100,8 @@ class Outcome:
     findings: Findings
     state: str
     """In which the run ended."""
+    resumed: int
+    """Times that a training went on from a checkpoint."""
     seconds: float
 
 
@@ -137,7 +139,7 @@ def run_case(case: Case, root: Path, prepared: Path, whole: Sequence[Arrays]) ->
         findings = examine(
             federation.data_dir, RUN, acknowledged=stage.acknowledged(), seen=seen, whole=whole, sites=SITES
         )
-    return Outcome(fired, findings, state, time.monotonic() - began)
+    return Outcome(fired, findings, state, stage.resumed(), time.monotonic() - began)
 
 
 class _Stage:
@@ -220,11 +222,16 @@ class _Stage:
 
     def acknowledged(self) -> list[str]:
         """The training tasks whose acceptance a daemon was told of."""
-        names: list[str] = []
-        for name in SITES:
-            lines = (self._federation.root / f"{name}.log").read_text().splitlines()
-            names += [json.loads(line)["task"] for line in lines if '"accepted"' in line and '"train"' in line]
-        return names
+        return [json.loads(line)["task"] for line in self._said('"accepted"') if '"train"' in line]
+
+    def resumed(self) -> int:
+        """How often a training went on from a checkpoint."""
+        return len(self._said('"resumed from a local checkpoint"'))
+
+    def _said(self, words: str) -> list[str]:
+        """What all daemons have logged of something."""
+        logs = [(self._federation.root / f"{name}.log").read_text() for name in SITES]
+        return [line for log in logs for line in log.splitlines() if words in line]
 
     def _planned(self) -> Counter[str]:
         return Counter(str(f) for f in self._case.faults if isinstance(f, Kill))

@@ -145,6 +145,8 @@ _SITE = {
     "journal.completed": 1,
 }
 _TRAINER = {"trainer.step": 4, "trainer.update": 1}
+_CHECKPOINTED = {"checkpoint.written": 3, "checkpoint.renamed": 3}
+_AFTER_A_FAILURE = ("task.failed", "round.reissued")
 _LEAN_ONLY = {"updates.forgotten": 1, "upload.removed": 8}
 _LIVES = 2
 """Kills of one process at most: each takes a round at most, and there are three."""
@@ -160,20 +162,23 @@ def drawn(seed: int, number: int) -> Case:
         faults.append(_kill(rng, "server", points))
         if rng.random() < 0.2:
             faults.append(Kill("server", "server.recovered"))
+    checkpoints = _OFTEN if rng.random() < 0.3 else 0.0
+    trainer = _TRAINER | (_CHECKPOINTED if checkpoints else {})
     for site in rng.sample(sorted(SITES), rng.randint(1, len(SITES))):
-        faults += _on_site(rng, site)
+        faults += _on_site(rng, site, trainer)
+    if {f.point for f in faults if isinstance(f, Kill)} & {*trainer} and not any(f.who == "server" for f in faults):
+        faults.append(Kill("server", rng.choice(_AFTER_A_FAILURE)))
     torch = rng.choice(sorted(SITES)) if rng.random() < 0.1 else ""
-    checkpoints = _OFTEN if rng.random() < 0.2 else 0.0
     evaluated = rng.random() < 0.5
     return Case(f"drawn-{seed}-{number}", tuple(faults), LEAN if lean else {}, torch, checkpoints, evaluated)
 
 
-def _on_site(rng: random.Random, site: str) -> Sequence[Fault]:
+def _on_site(rng: random.Random, site: str, trainer: Mapping[str, int]) -> Sequence[Fault]:
     what = rng.random()
     if what < 0.45:
         return [_kill(rng, site, _SITE) for _ in range(rng.randint(1, _LIVES))]
     if what < 0.6:
-        return [_kill(rng, site, _TRAINER)]
+        return [_kill(rng, site, trainer)]
     return [
         Sever(site, rng.choice(("cut", "cut", "stall")), rng.choice(("server", "client")), rng.randrange(1, 50 * MiB))
         for _ in range(rng.randint(1, 2))

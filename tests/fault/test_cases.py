@@ -42,6 +42,7 @@ def test_nothing_is_lost(case: Case, ground: Path, prepared: Path, whole: list[A
     assert outcome.state == "completed"
     assert outcome.findings.good, outcome.findings.remarks
     assert not outcome.findings.remarks
+    assert outcome.resumed or not case.checkpoint_every
     shutil.rmtree(root)
 
 
