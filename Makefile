@@ -1,6 +1,8 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python3
-# Further options for pip, e.g. PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# Where torch comes from besides PyPI, e.g. TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+# Further options for pip, e.g. PIP_ARGS="--index-url https://pypi.hospital.example/simple"
 PIP_ARGS ?=
 # Test processes; two suit two cores.
 JOBS ?= 2
@@ -23,7 +25,7 @@ $(STAMP): pyproject.toml deploy/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with PYTHON=...")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1'
-	@$(PIP) -c deploy/constraints.txt "$$(grep '^torch==' deploy/constraints.txt)"
+	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c deploy/constraints.txt "$$(grep '^torch==' deploy/constraints.txt)"
 	@$(PIP) -c deploy/constraints.txt -e '.[server,client,demo]' --group dev
 	@touch $@
 

@@ -10,6 +10,7 @@ import asyncio
 import atexit
 import contextlib
 import enum
+import json
 import os
 import signal
 from pathlib import Path
@@ -84,9 +85,13 @@ def start(
 
 
 @app.command()
-def health(config: Annotated[Path, typer.Option(help="The site's site.toml.")] = Path("site.toml")) -> None:
+def health(
+    config: Annotated[Path, typer.Option(help="The site's site.toml.")] = Path("site.toml"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
     """Say whether this site's daemon lives; exit code 0 if so, whether the server can be reached or not."""
-    typer.echo(read_pulse(load_site(config).state_dir))
+    phase = read_pulse(load_site(config).state_dir)
+    typer.echo(json.dumps({"phase": phase}) if as_json else phase)
 
 
 async def _serve(site: SiteSettings, patience: Patience | None = None) -> None:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import typer
 
 from fedlink.errors import FedlinkError, Reason
-from fedserver.cli.output import DATA_DIR, DataDir, with_admin
+from fedserver.cli.output import DATA_DIR, DataDir, Json, with_admin
 from fedserver.remote import Admin
 
 PATIENCE = 10.0
 """Seconds a server may take to answer; a busy one takes some."""
 
 
-def health(*, data_dir: DataDir = DATA_DIR) -> None:
+def health(*, data_dir: DataDir = DATA_DIR, as_json: Json = False) -> None:
     """Say whether the server answers operators and takes connections of sites; exit code 0 if so."""
     try:
         with_admin(data_dir, _answers)
@@ -27,7 +28,7 @@ def health(*, data_dir: DataDir = DATA_DIR) -> None:
     except OSError as e:
         text = f"the server of {data_dir} takes no connections of sites: {e.strerror or e}"
         raise FedlinkError(Reason.UNREACHABLE, text) from None
-    typer.echo(f"serving sites at {address}")
+    typer.echo(json.dumps({"address": address}) if as_json else f"serving sites at {address}")
 
 
 async def _answers(admin: Admin) -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from fedserver.rounds.model import Phase, Round, TaskState
 from fedserver.rounds.phases.select import needed
+from fedserver.rounds.wording import listed
 
 RETURNING = "returning"
 """State of a client without a task that was connected when the server stopped and has time to come back."""
 _ENDED = ("completed", "stopped", "failed")
 _BYTES = ("downloading", "uploading")
-_MAX_NAMES = 20
 _SINCE = {
     TaskState.PENDING.value: "has not fetched its task",
     TaskState.RUNNING.value: "has had its task",
@@ -34,6 +34,8 @@ class Doing:
     last heard of if it is away."""
     held_back: float = 0.0
     """Seconds until the site may fetch the task: a further attempt after a failure."""
+    elsewhere: str = ""
+    """The run whose task the site has in hand, if it has not fetched this one."""
 
     def __str__(self) -> str:
         share = ""
@@ -95,6 +97,8 @@ class Waited:
             return "connected when the server stopped"
         if self.state == TaskState.PENDING and self.doing and self.doing.held_back:
             return f"failed; its next attempt begins in {span(self.doing.held_back)}"
+        if self.state == TaskState.PENDING and self.doing and self.doing.elsewhere:
+            return f"busy with run {self.doing.elsewhere}; this task waits for {span(self.doing.seconds)}"
         if self.state == TaskState.RUNNING and self.doing and self.doing.activity:
             return str(self.doing)
         lasting = f" for {span(self.doing.seconds)}" if self.doing else ""
@@ -155,9 +159,9 @@ def absentees(view: RunView) -> str:
     """Who cannot be counted on for a round, and why; empty if nobody is known."""
     parts = []
     if view.away:
-        parts.append("not connected: " + _listed(_absent(view)))
+        parts.append("not connected: " + listed(_absent(view)))
     if view.refusals:
-        parts.append("not counted: " + _listed([f"{c} {why}" for c, why in sorted(view.refusals.items())], "; "))
+        parts.append("not counted: " + listed([f"{c} {why}" for c, why in sorted(view.refusals.items())], "; "))
     return "; ".join(parts)
 
 
@@ -172,7 +176,7 @@ def _evaluation(view: RunView) -> Wait:
     clients = _tasks(view, view.evaluation)
     left = span(view.evaluation_seconds_left)
     return Wait(
-        f"waits for the evaluation of the newest version by {_listed(clients)}; it goes on without them in {left}",
+        f"waits for the evaluation of the newest version by {listed(clients)}; it goes on without them in {left}",
         clients,
     )
 
@@ -184,7 +188,7 @@ def _round(view: RunView, current: Round) -> Wait:
         case Phase.COLLECT:
             return _collect(view, current)
         case Phase.AGGREGATE:
-            updates, names = len(current.accepted), _listed(current.accepted)
+            updates, names = len(current.accepted), listed(current.accepted)
             return Wait(
                 f"round {current.number} is being aggregated from {updates} update{'s' * (updates != 1)} ({names}), "
                 f"for {span(view.aggregating)} now; the run goes on when that is done"
@@ -194,26 +198,27 @@ def _round(view: RunView, current: Round) -> Wait:
 
 
 def _select(view: RunView, current: Round) -> Wait:
-    missing, there = needed(current) - len(view.eligible), _listed(sorted(view.eligible))
+    missing, there = needed(current) - len(view.eligible), listed(sorted(view.eligible))
     if missing <= 0 and not view.returning:
         return Wait(f"round {current.number} is about to start with {there}")
-    absent = _absent(view)
+    absent, one = _absent(view), missing == 1
     if missing <= 0:
         late = tuple(w for w in absent if w.state == RETURNING)
         text = (
             f"round {current.number} has {len(view.eligible)} sites ({there}) and waits for "
-            f"{_listed([w.client for w in late])}, connected when the server stopped, to come back; "
+            f"{listed([w.client for w in late])}, connected when the server stopped, to come back; "
             f"it starts without them in {span(view.grace_left)}"
         )
         return Wait(text, late)
     text = (
-        f"round {current.number} waits for {missing} more site{'s' * (missing != 1)} that offer workload "
-        f"{view.workload!r}{f' (connected: {there})' if there else ''}; it starts as soon as they connect"
+        f"round {current.number} waits for {'1 more site that offers' if one else f'{missing} more sites that offer'} "
+        f"workload {view.workload!r}{f' (connected: {there})' if there else ''}; it starts as soon as "
+        f"{'it connects' if one else 'they connect'}"
     )
     if current.deadline_at is None:
         text += ", and only that or an operator ends the wait"
     else:
-        text += f"; if they do not, the run fails in {span(current.deadline_at - view.now)}"
+        text += f"; if {'it does' if one else 'they do'} not, the run fails in {span(current.deadline_at - view.now)}"
     if others := absentees(view):
         text += f"; {others}"
     return Wait(text, absent, endless=current.deadline_at is None)
@@ -226,7 +231,7 @@ def _collect(view: RunView, current: Round) -> Wait:
         return Wait(text)
     clients = _tasks(view, open_tasks)
     ending = _ending(view, current)
-    text += f" and waits for {_listed(clients)}; {ending}"
+    text += f" and waits for {listed(clients)}; {ending}"
     waited = current.deadline_at is not None or any(s.waited_for for s in open_tasks.values())
     return Wait(text, clients, endless=not waited)
 
@@ -244,10 +249,3 @@ def _ending(view: RunView, current: Round) -> str:
 
 def _tasks(view: RunView, tasks: Mapping[str, TaskState]) -> tuple[Waited, ...]:
     return tuple(Waited(client, state, view.doing.get(client)) for client, state in sorted(tasks.items()))
-
-
-def _listed(items: Collection[object], separator: str = ", ") -> str:
-    """Some names; a thousand of them make no sentence."""
-    shown: Iterable[object] = list(items)[:_MAX_NAMES]
-    rest = len(items) - _MAX_NAMES
-    return separator.join(map(str, shown)) + (f" and {rest} more" if rest > 0 else "")

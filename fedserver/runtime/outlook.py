@@ -71,7 +71,7 @@ def view(
         away={s.name: now - s.last_seen for s in away},
         returning=frozenset(s.name for s in away if sites.returning(s)),
         grace_left=sites.grace_left,
-        doing={t.client: _doing(t, now) for t in tasks},
+        doing={t.client: replace(_doing(t, now), elsewhere=_elsewhere(t, board)) for t in tasks},
         aggregating=aggregating,
         evaluation=evaluations.states(run.version) if current is None else {},
         evaluation_seconds_left=evaluations.seconds_left(run.version),
@@ -117,6 +117,12 @@ def restored(run: RunRow, found: RoundRow, tasks: Sequence[TaskRow], *, not_befo
         entries[t.client] = Entry(state if state.final else TaskState.RUNNING, t.attempt)
     base = Round(run.name, found.number, found.attempt, spec.cohort, spec.seed)
     return replace(base, phase=Phase(found.phase), tasks=entries, deadline_at=deadline, reason=found.reason)
+
+
+def _elsewhere(task: OpenTask, board: TaskBoard) -> str:
+    """The other run that a site works for while it has not fetched a task; empty if for none."""
+    others = (t for t in board.of_client(task.client) if t.fetched and t.state is TaskState.RUNNING)
+    return "" if task.fetched else next((t.run.name for t in others if t.run.id != task.run.id), "")
 
 
 def _doing(task: OpenTask, now: float) -> Doing:

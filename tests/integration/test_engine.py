@@ -111,6 +111,15 @@ async def test_a_refused_update_is_named_and_the_round_goes_on_without_it(fed: S
     assert [t.state for t in await fed.tasks(run)] == ["refused", "accepted"]
 
 
+async def test_a_site_that_works_for_one_run_is_said_to_by_the_other(fed: Server):
+    await fed.join("a")
+    first = await fed.create(**ONE, **QUIET)
+    second = await fed.create(name="second", **ONE, **QUIET)
+    task = await fed.task("a")
+    assert task.run.id == first.id
+    assert f"waits for a (busy with run {first.name}; this task waits" in fed.driver(second).waiting()
+
+
 async def test_a_failed_round_is_tried_again_and_then_fails_the_run(fed: Server):
     await fed.join("a")
     run = await fed.create(cohort={"min_clients": 1, "round_attempts": 2}, **QUIET)
@@ -121,6 +130,7 @@ async def test_a_failed_round_is_tried_again_and_then_fails_the_run(fed: Server)
     after = await fed.ended(run)
     assert after.state == "failed"
     assert "failed 2 times" in after.reason
+    assert f"of a (failed); `fedserver round show {run.name} 1 --attempt 2` says why" in after.reason
     assert spooled(fed) == 0
 
 

@@ -20,8 +20,8 @@ from tests.support.federation import PATIENCE, program
 from tests.support.zygote import Command
 
 
-async def fedserver_health(data_dir: Path) -> tuple[int, str]:
-    command = Command(program("fedserver"), "health", "--data-dir", str(data_dir))
+async def fedserver_health(data_dir: Path, *options: str) -> tuple[int, str]:
+    command = Command(program("fedserver"), "health", "--data-dir", str(data_dir), *options)
     done = await asyncio.to_thread(command.ended, PATIENCE)
     return done.returncode, done.stdout + done.stderr
 
@@ -33,6 +33,7 @@ async def test_a_server_is_healthy_while_it_serves(tmp_path: Path) -> None:
     assert "no server answers" in said
     async with running(ServerSettings(data_dir=data_dir, listen="127.0.0.1:0")) as app:
         assert await fedserver_health(data_dir) == (0, f"serving sites at {app.address}\n")
+        assert await fedserver_health(data_dir, "--json") == (0, f'{{"address": "{app.address}"}}\n')
     code, _ = await fedserver_health(data_dir)
     assert code == 3
 
@@ -55,7 +56,15 @@ def locked(state_dir: Path) -> Iterator[None]:
         spool.close()
 
 
+async def fedclient_health(config: Path, *options: str) -> tuple[int, str]:
+    command = Command(program("fedclient"), "health", "--config", str(config), *options)
+    done = await asyncio.to_thread(command.ended, PATIENCE)
+    return done.returncode, done.stdout + done.stderr
+
+
 async def test_a_daemon_is_healthy_while_it_beats(tmp_path: Path) -> None:
+    site = tmp_path / "site.toml"
+    site.write_text('name = "s"\nserver = "127.0.0.1:1"\nstate_dir = "."\n[workload.w]\ntrainer = "m:W"\n')
     with pytest.raises(FedlinkError, match="no fedclient runs"):
         read_pulse(tmp_path)
     pulse = Pulse(tmp_path)
@@ -63,6 +72,8 @@ async def test_a_daemon_is_healthy_while_it_beats(tmp_path: Path) -> None:
         async with pulse.beating():
             await asyncio.sleep(0.5)
             assert read_pulse(tmp_path) == "starting"
+            said = [await fedclient_health(site, *options) for options in ((), ("--json",))]
+            assert said == [(0, "starting\n"), (0, '{"phase": "starting"}\n')]
     with pytest.raises(FedlinkError, match="no fedclient runs"):
         read_pulse(tmp_path)
 

@@ -102,6 +102,20 @@ def test_a_round_that_has_too_few_sites_names_those_that_are_not_there():
     assert wait.endless
 
 
+def test_a_site_that_works_for_another_run_is_not_taken_for_idle():
+    doing = {**DOING, "carl": Doing(seconds=9, elsewhere="first")}
+    sentence = explain(seen(COLLECT, doing=doing))
+    assert "carl (busy with run first; this task waits for 9 s)" in sentence
+
+
+def test_one_site_is_missing():
+    sentence = explain(seen(replace(SELECT, deadline_at=1030.0), eligible=frozenset("ab")))
+    assert (
+        "waits for 1 more site that offers workload 'w' (connected: a, b); it starts as soon as it connects" in sentence
+    )
+    assert "; if it does not, the run fails in 30 s" in sentence
+
+
 def test_a_round_with_a_start_deadline_says_when_the_run_fails():
     wait = account(seen(replace(SELECT, deadline_at=1030.0)))
     assert "waits for 3 more sites" in wait.sentence

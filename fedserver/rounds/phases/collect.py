@@ -18,6 +18,9 @@ from fedserver.rounds.model import (
     TaskState,
     Tick,
 )
+from fedserver.rounds.wording import listed
+
+_LOST = (TaskState.REFUSED, TaskState.FAILED)
 
 
 def step(current: Round, event: Event) -> tuple[Round, list[Action]]:
@@ -54,11 +57,12 @@ def _close_if_done(current: Round) -> tuple[Round, list[Action]]:
         return _close(current)
     possible = accepted + waiting + current.count(TaskState.AWAY)
     if possible < policy.least:
-        lost = current.count(TaskState.REFUSED, TaskState.FAILED)
+        lost = [f"{c} ({t.state})" for c, t in sorted(current.tasks.items()) if t.state in _LOST]
         return _fail(
             current,
-            f"{accepted} of at least {policy.least} updates were accepted and only {possible - accepted} more "
-            f"could come: {lost} of {len(current.tasks)} tasks failed or were refused",
+            f"{accepted} of at least {policy.least} updates were accepted and only {possible - accepted} more could "
+            f"come: {len(lost)} of {len(current.tasks)} tasks failed or were refused, of {listed(lost)}; "
+            f"`fedserver round show {current.run} {current.number} --attempt {current.attempt}` says why",
         )
     return current, []
 

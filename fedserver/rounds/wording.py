@@ -1,0 +1,14 @@
+"""Names in sentences. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+_MAX_NAMES = 20
+
+
+def listed(items: Collection[object], separator: str = ", ") -> str:
+    """Some names; a thousand of them make no sentence."""
+    shown: Iterable[object] = list(items)[:_MAX_NAMES]
+    rest = len(items) - _MAX_NAMES
+    return separator.join(map(str, shown)) + (f" and {rest} more" if rest > 0 else "")
