@@ -21,6 +21,8 @@ from tests.bench.processes import Sampler
 from tests.bench.weights import size
 from tests.support.federation import Federation
 
+pytestmark = pytest.mark.slow
+
 MODEL, CLIENTS, ROUNDS = "resnet18", 2, 2
 ALLOWED = 2e-6
 """Deviation from the exact average that rounding to float32 explains."""

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
+pytestmark = pytest.mark.slow
+
 DEMO = Path(__file__).parents[2] / "examples" / "heart" / "demo.py"
 HOSPITALS = {"cleveland", "hungary", "switzerland", "long-beach"}
 

@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from tests.support.classes.halves import FROZEN, Halves
 from tests.support.federation import Federation, call
 
+pytestmark = pytest.mark.slow
+
 SITES = {"a": (2.0**-6, 1), "b": (0.0, 7)}
 """What each site adds in a round, and its examples."""
 ROUNDS = 4

@@ -14,6 +14,8 @@ from fedlink.v1 import types_pb2
 from tests.support.classes.drift import expected
 from tests.support.federation import Federation, Gate, Site, alive, arrays_equal, until
 
+pytestmark = pytest.mark.slow
+
 SIZE = 800_000
 SITES = {"a": (1, 30), "b": (2, 11)}
 """Number and examples of each site."""

@@ -16,6 +16,8 @@ from fedserver.remote import Admin
 from tests.support import heart
 from tests.support.federation import Federation
 
+pytestmark = pytest.mark.slow
+
 ROUNDS, SEED, STEPS, BATCH, RATE = 15, 42, 100, 4, 1e-2
 SERVER_RATE = 0.5
 Weights = dict[str, torch.Tensor]

@@ -11,6 +11,8 @@ import pytest
 
 from tests.support import heart
 
+pytestmark = pytest.mark.slow
+
 # The first of the five.
 SEED, FEDAVG, POOLED = "42", 0.7520, 0.7913
 ONE_ROW = 1 / 254 + 1e-4

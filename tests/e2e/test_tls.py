@@ -37,7 +37,7 @@ from tests.support.tls_ground import (
 )
 
 # One worker, so that the servers are shared.
-pytestmark = pytest.mark.xdist_group("tls")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("tls")]
 
 SHORT = dt.timedelta(seconds=60)
 """How long a certificate is good for that has to expire while the tests run."""

@@ -27,7 +27,7 @@ from tests.support.line import Line
 RUN = "r"
 PATIENCE = 240.0
 """Seconds after which a run counts as hung."""
-LOOK = 0.1
+LOOK = 0.2
 """Seconds between two questions to the server; each costs it a few milliseconds of processor time."""
 KILLED = -9
 
@@ -190,13 +190,16 @@ class _Stage:
             with contextlib.suppress(grpc.RpcError), self._admin() as admin:
                 if run is None:
                     self._create(admin)
+                asked = 0.0
                 while run is None or not run.HasField("ended"):
-                    run = admin.GetRun(pb.GetRunRequest(run=RUN), timeout=5).run
-                    assert run.version >= seen, f"version {seen} was shown, now it is {run.version}"
-                    seen = run.version
+                    if time.monotonic() >= asked + LOOK:
+                        asked = time.monotonic()
+                        run = admin.GetRun(pb.GetRunRequest(run=RUN), timeout=5).run
+                        assert run.version >= seen, f"version {seen} was shown, now it is {run.version}"
+                        seen = run.version
                     if self._revive() or time.monotonic() > deadline:
                         break
-                    time.sleep(LOOK)
+                    time.sleep(0.03)
         return pb.RunState.Name(run.state).removeprefix("RUN_STATE_").lower(), seen
 
     def leave(self) -> None:

@@ -12,6 +12,8 @@ from tests.support.classes.drift import expected
 from tests.support.federation import Federation, Gate, arrays_equal, until
 from tests.support.lying_disk import LyingDisk, OnDisks, library
 
+pytestmark = pytest.mark.slow
+
 SIZE = 800_000
 SITES = {"a": (1, 30), "b": (2, 11)}
 """Number and examples of each site."""

@@ -29,6 +29,8 @@ from tests.support.federation import Federation, arrays_equal
 from tests.support.line import Line
 from tests.support.peer import SCHEMA, manifest_of
 
+pytestmark = pytest.mark.slow
+
 SITES = 20
 OUTAGE = 4.0
 LINK = 10e6 / 8

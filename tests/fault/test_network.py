@@ -13,7 +13,7 @@ from tests.support.federation import Federation, until
 from tests.support.lines import UPDATE, Pair, server_with_start
 
 # One worker, so that the server is shared.
-pytestmark = pytest.mark.xdist_group("network")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("network")]
 
 MIB = 1 << 20
 LOST = 5 * MIB
