@@ -285,7 +285,7 @@ def _parse_spec(spec_json: str) -> RunSpec:
     try:
         spec = RunSpec.model_validate_json(spec_json)
     except ValidationError as e:
-        raise FedlinkError(Reason.BAD_RUN, explain(e)) from None
+        raise FedlinkError(Reason.BAD_RUN, explain(e, RunSpec)) from None
     if not spec.model:
         raise FedlinkError(Reason.BAD_RUN, "model: missing; name an imported model, or use `--from RUN@VERSION`")
     if spec.name is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -15,10 +16,10 @@ from fedlink.errors import FedlinkError, Reason
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 """What a run, client, workload or model may be called."""
 
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)")
-_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|[KMGT]i?B)")
-_SIZES = {"B": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|)")
+_UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|[KMGT]i?B|)")
+_SIZES = {"": 1, "B": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}}
 _SIZES |= {f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}
 
 
@@ -34,17 +35,29 @@ def check_name(value: str) -> str:
 
 
 def parse_duration(value: Any) -> Any:
-    """Seconds from "250ms", "30s", "10m", "1.5h", "2d" or a number; the rest passes, for pydantic to refuse."""
-    if isinstance(value, str) and (m := _DURATION.fullmatch(value.strip())):
+    """Seconds from "250ms", "30s", "10m", "1.5h", "2d" or a number; what is no text passes, for pydantic to judge.
+
+    Raises:
+        ValueError: a text that is no duration.
+    """
+    if not isinstance(value, str):
+        return value
+    if m := _DURATION.fullmatch(value.strip()):
         return float(m[1]) * _UNITS[m[2]]
-    return value
+    raise ValueError(f'{value[:80]!r} is no duration: write "30s", "10m" or "2h", or a number of seconds')
 
 
 def parse_size(value: Any) -> Any:
-    """Bytes from "512MB", "20 GiB" or a number; anything else is returned for pydantic to refuse."""
-    if isinstance(value, str) and (m := _SIZE.fullmatch(value.strip())):
+    """Bytes from "512MB", "20 GiB" or a number; what is no text passes, for pydantic to judge.
+
+    Raises:
+        ValueError: a text that is no size.
+    """
+    if not isinstance(value, str):
+        return value
+    if m := _SIZE.fullmatch(value.strip()):
         return int(float(m[1]) * _SIZES[m[2]])
-    return value
+    raise ValueError(f'{value[:80]!r} is no size: write "512MB" or "20GiB", or a number of bytes')
 
 
 Name = Annotated[str, AfterValidator(check_name)]
@@ -70,18 +83,32 @@ class Config(BaseModel):
         try:
             return cls.model_validate(table)
         except ValidationError as e:
-            raise FedlinkError(Reason.BAD_CONFIG, f"{where}: {explain(e)}") from None
+            raise FedlinkError(Reason.BAD_CONFIG, f"{where}: {explain(e, cls)}") from None
 
 
-def explain(error: ValidationError) -> str:
-    """A validation error as one line: each key, and what is wrong with it."""
+def explain(error: ValidationError, model: type[BaseModel] | None = None) -> str:
+    """A validation error as one line: each key, and what is wrong with it.
+
+    Args:
+        error: what pydantic says.
+        model: what was to be made; its keys are proposed for one that is unknown.
+    """
     parts = []
     for item in error.errors(include_url=False, include_context=False):
         key = ".".join(str(p) for p in item["loc"])
-        text = "unknown key" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
+        text = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            text = "unknown key" + _proposal(item["loc"], model)
         text = "missing" if item["type"] == "missing" else text
         parts.append(f"{key}: {text}" if key else text)
     return "; ".join(parts)
+
+
+def _proposal(place: tuple[int | str, ...], model: type[BaseModel] | None) -> str:
+    """The key that was probably meant, if it is one of the top."""
+    known = list(model.model_fields) if model and len(place) == 1 else []
+    close = get_close_matches(str(place[-1]), known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def load_toml(path: Path) -> dict[str, Any]:
