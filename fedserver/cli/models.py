@@ -12,8 +12,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 
 from fedlink.errors import FedlinkError, Reason
 from fedlink.v1 import admin_service_pb2 as pb
-from fedserver.cli.output import DATA_DIR, DataDir, Json, local, print_list, print_one, size, with_admin
+from fedserver.cli.output import DATA_DIR, DataDir, Json, local, print_list, print_one, with_admin
 from fedserver.remote import Admin
+from fedserver.rounds.wording import size
 
 app = typer.Typer(no_args_is_help=True)
 

@@ -122,12 +122,3 @@ def iso(time: Timestamp) -> str:
 def local(time: Timestamp) -> str:
     """A time for people, in their time zone; empty if it is not set."""
     return datetime.fromtimestamp(time.seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S") if time.seconds else ""
-
-
-def size(nbytes: float) -> str:
-    """Bytes for people, e.g. "498.1 MB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000 or unit == "GB":
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    raise AssertionError

@@ -8,8 +8,9 @@ import typer
 
 from fedlink.v1 import admin_service_pb2 as pb
 from fedlink.v1 import types_pb2
-from fedserver.cli.output import DATA_DIR, DataDir, Json, enum_name, local, print_list, size, with_admin
+from fedserver.cli.output import DATA_DIR, DataDir, Json, enum_name, local, print_list, with_admin
 from fedserver.remote import Admin
+from fedserver.rounds.wording import size
 
 app = typer.Typer(no_args_is_help=True)
 

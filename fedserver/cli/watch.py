@@ -17,7 +17,8 @@ from rich.text import Text
 
 from fedlink.errors import FedlinkError
 from fedlink.v1 import admin_service_pb2 as pb
-from fedserver.cli.output import console, iso, size
+from fedserver.cli.output import console, iso
+from fedserver.rounds.wording import size
 
 _ASK_SECONDS = 2.0
 _QUIET_SECONDS = 10.0

@@ -16,7 +16,8 @@ from fedserver.aggregation.check import check_update
 from fedserver.rounds.model import TaskState
 from fedserver.runtime.board import Claim, OpenTask, TaskBoard, Verdict, closed
 from fedserver.runtime.engine import Engine
-from fedserver.runtime.uploads import TaskBlobAccess, max_update_bytes
+from fedserver.runtime.footprint import max_update_bytes
+from fedserver.runtime.uploads import TaskBlobAccess
 from fedserver.runtime.versions import Versions
 from fedserver.runtime.wanted import Unwanted, while_wanted
 from fedserver.store.database import Database

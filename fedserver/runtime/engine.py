@@ -16,11 +16,14 @@ from fedlink import log as logs
 from fedlink.config import explain
 from fedlink.errors import FedlinkError, Reason
 from fedlink.failpoints import reach
+from fedlink.manifest import Manifest
 from fedlink.run_file import MAX_JSON_BYTES, MAX_ROUNDS, RunSpec
 from fedserver.rounds.model import TaskState
 from fedserver.rounds.selection import refusal
+from fedserver.rounds.wording import size
 from fedserver.runtime.board import OpenTask
 from fedserver.runtime.driver import RunDriver
+from fedserver.runtime.footprint import footprint
 from fedserver.runtime.parts import Parts
 from fedserver.runtime.tidying import Tidying
 from fedserver.runtime.underway import UnderWay
@@ -137,7 +140,7 @@ class Engine:
         """Start a run; the same request again answers the same run.
 
         Raises:
-            FedlinkError: BAD_RUN, RUN_EXISTS, MODEL_NOT_FOUND.
+            FedlinkError: BAD_RUN, RUN_EXISTS, MODEL_NOT_FOUND, BLOB_CORRUPT.
         """
         if len(request_id) != 16:
             raise FedlinkError(Reason.BAD_RUN, "request_id must have 16 bytes")
@@ -150,6 +153,7 @@ class Engine:
             # Held, so that a version that is found is not retired before the run refers to it.
             async with self._parts.versions.blobs_lock:
                 _, _, start = await self._parts.versions.find(spec.model)
+                self._check_room(spec, await self._parts.access.model_manifest(start.digest))
                 run = await self._db.run(lambda c: _insert_run(c, spec, request_id, start))
             reach("run.created")
             self._log.info("created", run=run.name, workload=spec.workload, rounds=spec.rounds, model=spec.model)
@@ -169,6 +173,19 @@ class Engine:
         if verdicts and all(verdicts.values()):
             whys = "; ".join(f"{name} {why}" for name, why in sorted(verdicts.items()))
             raise FedlinkError(Reason.BAD_RUN, f"no connected site would take part: {whys}")
+
+    def _check_room(self, spec: RunSpec, model: Manifest) -> None:
+        """Refuse a run that the disk cannot hold as things are."""
+        sites, disk = self._parts.sites, self._parts.disk
+        known = [*sites.offers().values(), *(s.offers for s in sites.absent())]
+        needed = footprint(model, spec, sum(spec.workload in offers for offers in known))
+        if needed.total > disk.room:
+            text = (
+                f"the server's disk cannot hold it: it takes up to {needed}, and {size(disk.room)} are free besides "
+                f"disk_reserve ({size(disk.reserve)}); make room for {size(needed.total - disk.room)} more, or take "
+                "fewer sites ([cohort]) or keep less ([retention])"
+            )
+            raise FedlinkError(Reason.BAD_RUN, text)
 
     async def _drive(self, run: RunRow, *, extended: bool = False) -> None:
         driver = RunDriver(run, self._parts, self._forget)

@@ -17,12 +17,11 @@ from fedlink.blobs import MAX_BLOB_SIZE, MAX_MANIFEST_SIZE, BlobRef
 from fedlink.errors import FedlinkError, Reason
 from fedlink.failpoints import reach
 from fedlink.manifest import Manifest
-from fedlink.run_file import WIRE_DTYPES, RunSpec
-from fedlink.tensors import DTYPES, Role, update_spec
 from fedlink.transfer import ImportPurpose, Purpose
 from fedserver.rounds.model import TaskState
 from fedserver.runtime.access import Caller
 from fedserver.runtime.board import OpenTask, TaskBoard
+from fedserver.runtime.footprint import max_update_bytes, next_version_bytes
 from fedserver.runtime.integrity import Integrity
 from fedserver.runtime.versions import Versions, is_whole, versions_among
 from fedserver.runtime.whole import whole
@@ -37,21 +36,6 @@ from fedserver.store.spool import Spool
 _MAX_TASK_UPLOADS = 20_000
 _CACHED_TENSORS = 200_000
 _DRAIN_PAUSE = 2.0
-
-
-def max_update_bytes(model: Manifest, spec: RunSpec) -> int:
-    """The most bytes an update to this model may have: its data, and room for headers."""
-    trained = [t.spec for t in model.tensors if t.spec.role is not Role.FROZEN]
-    dtype = WIRE_DTYPES[spec.update_dtype]
-    data = sum(update_spec(s, dtype).nbytes for s in trained)
-    return data + sum(len(s.name.encode()) * 2 + 512 for s in trained) + 4096 * (len(model.files) + 1)
-
-
-def next_version_bytes(model: Manifest) -> int:
-    """About how many bytes the next version of a model takes: what trains, and a float32 master of what is narrower."""
-    specs = [t.spec for t in model.tensors if t.spec.role is not Role.FROZEN]
-    narrow = [s for s in specs if s.is_delta and DTYPES[s.dtype].bits < 32]
-    return sum(s.nbytes for s in specs) + sum(4 * s.elements for s in narrow)
 
 
 class TaskBlobAccess:

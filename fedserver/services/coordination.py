@@ -21,8 +21,9 @@ from fedserver.rounds.model import TaskState
 from fedserver.runtime.board import OpenTask, TaskBoard, ended
 from fedserver.runtime.completion import Completions, read_claim
 from fedserver.runtime.engine import Engine
+from fedserver.runtime.footprint import max_update_bytes
 from fedserver.runtime.sites import Site, SiteRegistry
-from fedserver.runtime.uploads import TaskBlobAccess, max_update_bytes
+from fedserver.runtime.uploads import TaskBlobAccess
 from fedserver.services.identity import SiteIdentity
 from fedserver.services.status import Context, translated
 

@@ -102,6 +102,16 @@ class Disk:
             self.note(FURTHER, text)
             raise disk_full(what)
 
+    @property
+    def room(self) -> int:
+        """Bytes that may be taken now."""
+        return max(0, shutil.disk_usage(self._root).free - self._reserve)
+
+    @property
+    def reserve(self) -> int:
+        """Bytes that uploads leave free."""
+        return self._reserve
+
     @contextlib.contextmanager
     def used_for(self, use: str) -> Iterator[None]:
         """Do something that writes, and remember how it ended.

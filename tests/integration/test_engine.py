@@ -18,6 +18,7 @@ from fedlink.blobs import ref_of
 from fedlink.errors import FedlinkError, Reason
 from fedserver.rounds.model import Phase, TaskState
 from fedserver.runtime import aggregation, board
+from fedserver.store.disk import Disk
 from tests.support.server import (
     ONE,
     QUIET,
@@ -109,6 +110,21 @@ async def test_a_refused_update_is_named_and_the_round_goes_on_without_it(fed: S
     assert (await fed.complete(b, await fed.send(b))).accepted
     assert (await fed.ended(run)).version == 1
     assert [t.state for t in await fed.tasks(run)] == ["refused", "accepted"]
+
+
+async def test_a_run_that_the_disk_cannot_hold_is_refused_with_what_is_missing(fed: Server, monkeypatch):
+    await fed.join("a", "b", "c")
+    monkeypatch.setattr(Disk, "room", property(lambda _: 40_000))
+    await fed.create()
+    with pytest.raises(FedlinkError) as e:
+        await fed.create(name="hoarder", rounds=50, retention={"keep_updates": True})
+    assert e.value.reason is Reason.BAD_RUN
+    assert (
+        "takes up to 150 updates of 8.7 kB and 4 versions of 8 B, 1.3 MB in all, and 40.0 kB are free"
+        in e.value.message
+    )
+    assert "make room for 1.3 MB more" in e.value.message
+    await fed.create(name="modest", rounds=50, cohort={"select": "count", "count": 2})
 
 
 async def test_a_site_that_works_for_one_run_is_said_to_by_the_other(fed: Server):

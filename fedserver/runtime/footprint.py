@@ -1,0 +1,63 @@
+"""What a run takes on the server's disk. Pure, but for the manifest that somebody has read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedlink.manifest import Manifest
+from fedlink.run_file import WIRE_DTYPES, RunSpec
+from fedlink.tensors import DTYPES, Role, update_spec
+from fedserver.rounds.selection import cohort_size
+from fedserver.rounds.wording import size
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """The most that lies on the disk at once for a run, its starting model not counted; sizes in bytes."""
+
+    updates: int
+    """How many are there at once."""
+    update: int
+    versions: int
+    """How many are there at once, with the one in the making."""
+    version: int
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return self.updates * self.update + self.versions * self.version
+
+    def __str__(self) -> str:
+        updates = f"{self.updates} update{'s' * (self.updates != 1)} of {size(self.update)}"
+        versions = f"{self.versions} version{'s' * (self.versions != 1)} of {size(self.version)}"
+        return f"{updates} and {versions}, {size(self.total)} in all"
+
+
+def footprint(model: Manifest, spec: RunSpec, sites: int) -> Footprint:
+    """What a run takes.
+
+    Args:
+        model: what it starts from.
+        spec: its run file.
+        sites: that could take part.
+    """
+    cohort = max(spec.cohort.min_clients, cohort_size(sites, spec.cohort))
+    rounds = spec.rounds if spec.retention.keep_updates else 1
+    # Besides the newest ones: the best one, and the one in the making.
+    versions = min(spec.rounds, spec.retention.keep_versions + 2)
+    return Footprint(cohort * rounds, max_update_bytes(model, spec), versions, next_version_bytes(model))
+
+
+def max_update_bytes(model: Manifest, spec: RunSpec) -> int:
+    """The most bytes an update to this model may have: its data, and room for headers."""
+    trained = [t.spec for t in model.tensors if t.spec.role is not Role.FROZEN]
+    dtype = WIRE_DTYPES[spec.update_dtype]
+    data = sum(update_spec(s, dtype).nbytes for s in trained)
+    return data + sum(len(s.name.encode()) * 2 + 512 for s in trained) + 4096 * (len(model.files) + 1)
+
+
+def next_version_bytes(model: Manifest) -> int:
+    """About how many bytes the next version of a model takes: what trains, and a float32 master of what is narrower."""
+    specs = [t.spec for t in model.tensors if t.spec.role is not Role.FROZEN]
+    narrow = [s for s in specs if s.is_delta and DTYPES[s.dtype].bits < 32]
+    return sum(s.nbytes for s in specs) + sum(4 * s.elements for s in narrow)
