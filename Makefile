@@ -4,8 +4,8 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 # Further options for pip, e.g. PIP_ARGS="--index-url https://pypi.hospital.example/simple"
 PIP_ARGS ?=
-# Test processes; three suit two cores, as one often waits.
-JOBS ?= 3
+# Test processes; two suit two cores.
+JOBS ?= 2
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
@@ -48,12 +48,12 @@ demo-compose: $(DEMO_STAMP) ## The same in containers, docker or podman (KILL=1:
 test: $(STAMP) ## Run the tests (under 10 minutes on 2 cores)
 	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup -m "not slow"
 
-test-slow: $(STAMP) ## Run those that take longer: the demo, published numbers, slow lines, disks, certificates
+test-slow: $(STAMP) ## Run those that take longer: demo, published numbers, doctor, slow lines, disks, certificates
 	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup -m slow
 
 SEED ?= 7
 CASES ?= 50
-fault: $(STAMP) ## Faults on randomized schedules, all survived (SEED=7 CASES=50 JOBS=3)
+fault: $(STAMP) ## Faults on randomized schedules, all survived (SEED=7 CASES=50 JOBS=2)
 	@$(BIN)/python -m tests.fault.campaign --seed $(SEED) --cases $(CASES) --jobs $(JOBS)
 
 MODEL ?= gpt2

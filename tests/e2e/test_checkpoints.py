@@ -10,6 +10,8 @@ import pytest
 
 from tests.support.federation import Federation, Site, alive, arrays_equal, until
 
+pytestmark = pytest.mark.slow
+
 START = {"w": np.zeros((3, 4), np.float32), "bias": np.zeros(3, np.float32)}
 
 

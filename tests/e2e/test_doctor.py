@@ -25,7 +25,7 @@ from fedserver.authority import Authority
 from tests.support.federation import Federation, Site, call, until
 
 # One federation, in one test process.
-pytestmark = pytest.mark.xdist_group("doctor")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("doctor")]
 
 CHECKS = [
     "config",

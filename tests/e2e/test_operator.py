@@ -12,6 +12,8 @@ import pytest
 from tests.support.classes.drift import expected
 from tests.support.federation import Daemon, Federation, Gate, arrays_equal, program, until
 
+pytestmark = pytest.mark.slow
+
 SIZE = 800_000
 SITES = {"ada": (1, 30), "bob": (2, 10)}
 

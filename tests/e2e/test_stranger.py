@@ -253,6 +253,7 @@ def address(tmp_path: Path) -> Iterator[str]:
             process.kill()
 
 
+@pytest.mark.slow
 def test_a_full_round_with_the_stubs_alone(address: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(5)
     model = {

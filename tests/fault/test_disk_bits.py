@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from fedlink.blobs import CHUNK_SIZE
 from tests.support.classes.drift import expected
 from tests.support.federation import Federation, arrays_equal, until
+
+pytestmark = pytest.mark.slow
 
 SIZE = 800_000
 

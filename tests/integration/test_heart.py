@@ -94,6 +94,7 @@ def test_data_are_the_benchmarks(directory):
     assert len(json.loads((directory / "statistics.json").read_text())["mean"]) == heart.FEATURES
 
 
+@pytest.mark.slow
 def test_flamby_s_five_accuracies(directory):
     found = [round(federated(directory, seed, "own", 1e-3), 4) for seed in range(42, 47)]
     assert found == [0.7520, 0.7638, 0.7638, 0.7008, 0.7598]
