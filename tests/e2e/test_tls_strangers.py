@@ -20,6 +20,8 @@ from fedlink.route import route_to
 from fedlink.tls import ClientTls, probe, refusal
 from fedserver.authority import Authority
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def own(tmp_path: Path) -> Authority:

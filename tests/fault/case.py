@@ -155,7 +155,9 @@ class _Stage:
         """The environment of a process."""
         kills = [f"{f.point}@{f.passage}" for f in self._case.faults if isinstance(f, Kill) and f.who == who]
         log = {failpoints.LOG_VARIABLE: str(self._federation.root / f"{who}.fired")}
-        return {**os.environ, **({failpoints.VARIABLE: ",".join(kills), **log} if kills else {})}
+        # A BLAS that nothing uses would start a thread for each core in each trainer.
+        quick = {"OPENBLAS_NUM_THREADS": "1"}
+        return {**os.environ, **quick, **({failpoints.VARIABLE: ",".join(kills), **log} if kills else {})}
 
     def start_server(self) -> None:
         """Start the server, again and again if it is to end before it serves."""

@@ -11,6 +11,8 @@ import pytest
 from tests.support.federation import PATIENCE, Federation, program
 from tests.support.lying_disk import LyingDisk, library
 
+pytestmark = pytest.mark.slow
+
 
 def serve(data_dir: Path, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """A server that is to refuse."""

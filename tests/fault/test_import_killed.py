@@ -8,10 +8,13 @@ import signal
 from pathlib import Path
 
 import numpy as np
+import pytest
 from safetensors.numpy import save_file
 
 from fedlink import failpoints
 from tests.support.federation import Federation, arrays_equal
+
+pytestmark = pytest.mark.slow
 
 SIZE = 4_000_000
 

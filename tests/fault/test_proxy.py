@@ -17,7 +17,7 @@ from tests.support.pki import Pki
 from tests.support.proxy import ConnectProxy, Interception
 from tests.support.tls_ground import START, add_site, admit, sentence, token_file, train_a_round
 
-pytestmark = pytest.mark.xdist_group("proxy")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("proxy")]
 
 SECRET = "s3cret@home"
 URL_SECRET = "site:s3cret%40home"

@@ -22,6 +22,8 @@ from fedserver.store.queries import models as model_queries
 from fedserver.store.queries import tasks as task_queries
 from tests.support.federation import Daemon, Federation, program, until
 
+pytestmark = pytest.mark.slow
+
 CHUNKS = 1 << 19
 LIST = chunk_digest(bytes(CHUNK_SIZE)) * CHUNKS
 VAST = BlobRef(digest_of_chunks(LIST), CHUNK_SIZE * CHUNKS)

@@ -13,6 +13,8 @@ from fedlink import failpoints
 from tests.support.interrupted import ALWAYS
 from tests.support.trainers import init, make_site, make_trainer, raw_tensors
 
+pytestmark = pytest.mark.slow
+
 NAME = "checkpoint.safetensors"
 
 

@@ -18,6 +18,8 @@ from fedlink.errors import FedlinkError, Reason
 from fedlink.settings_schema import Schema, check_settings
 from tests.support.trainers import arrays, evaluate, init, make_site, make_trainer, model_files, raw_tensors, train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 async def trainer(tmp_path):

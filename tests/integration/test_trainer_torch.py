@@ -35,7 +35,7 @@ def site(tmp_path_factory):
 
 
 # Importing torch takes longer than any test here: one process serves them, and one loop, which it is bound to.
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.xdist_group("trainer-torch")]
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module"), pytest.mark.xdist_group("trainer-torch")]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
