@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml deploy/constraints.txt
 	@echo "installing into .venv ..."
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with PYTHON=...")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1'
+	@$(PIP) 'pip>=25.1'
 	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c deploy/constraints.txt "$$(grep '^torch==' deploy/constraints.txt)"
 	@$(PIP) -c deploy/constraints.txt -e '.[server,client,demo]' --group dev
 	@touch $@

@@ -187,7 +187,7 @@ class Work:
         if accepted and self.order.update:
             if not self.held.completed:
                 self.held = self.held.accepted()
-                await self._when_the_disk_does(lambda: self._tools.on_disk(self._tools.spool.put, self.held))
+                await self._until_it_works(lambda: self._tools.on_disk(self._tools.spool.put, self.held))
         else:
             await self.forget()
         return None
@@ -304,7 +304,7 @@ class Work:
         result = await self._train(get_trainer, job)
         reach("update.computed")
         trained = self.held.trained(self._outcome(result))
-        await self._when_the_disk_does(lambda: tools.on_disk(self._keep_result, trained), hopeless=_NOT_KEPT)
+        await self._until_it_works(lambda: tools.on_disk(self._keep_result, trained), hopeless=_NOT_KEPT)
         self.held = trained
         await tools.transfer.let_go(token)
         self._log.info(
@@ -341,7 +341,7 @@ class Work:
             await asyncio.sleep(BACKOFF.delay(attempts, self._tools.rng))
         return attempts > 0
 
-    async def _when_the_disk_does(self, act: Callable[[], Awaitable[_T]], hopeless: frozenset[int] = _GONE) -> _T:
+    async def _until_it_works(self, act: Callable[[], Awaitable[_T]], hopeless: frozenset[int] = _GONE) -> _T:
         """Do something with a finished result, again and again whatever the site's system says but what is hopeless.
 
         The disk may be full, read-only or away, files or memory short: all of it may pass, and hours of training are
@@ -355,7 +355,7 @@ class Work:
                 if e.errno in hopeless:
                     raise
                 if seldom.due():
-                    self._log.error("the site's disk refuses; the finished result waits for it", error=e.strerror)
+                    self._log.error("the site's system refuses; the finished result waits", error=e.strerror)
                 attempts += 1
                 await asyncio.sleep(BACKOFF.delay(attempts, self._tools.rng))
 
@@ -394,7 +394,7 @@ class Work:
         began = time.monotonic()
         if self.order.update and self._encoded is None:
             directories = tools.spool.model_dir(token), tools.spool.update_dir(token)
-            self._encoded = await self._when_the_disk_does(
+            self._encoded = await self._until_it_works(
                 lambda: asyncio.to_thread(encode, self.order, *directories, outcome.files)
             )
             reach("update.encoded")
@@ -427,7 +427,7 @@ class Work:
 
     async def _send(self, update: Encoded) -> None:
         send = self._tools.transfer.send
-        await self._when_the_disk_does(lambda: send(self.held.token, update, self.status.advance))
+        await self._until_it_works(lambda: send(self.held.token, update, self.status.advance))
 
 
 def _since(began: float) -> float:

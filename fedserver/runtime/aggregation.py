@@ -7,10 +7,9 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable
 
-from sqlalchemy.exc import OperationalError
-
 from fedlink import log as logs
 from fedserver.rounds.model import Round
+from fedserver.runtime.passing import may_pass
 from fedserver.store.disk import is_disk
 
 _TRY_AGAIN_SECONDS = 5.0
@@ -75,7 +74,7 @@ class Aggregation:
                 await self._make(current)
                 self.obstacle = ""
             except Exception as e:
-                if _may_pass(e):
+                if may_pass(e):
                     raise
                 await self._settle(current, e)
         except Exception as e:  # noqa: BLE001 - what may pass, and a verdict that could not be written
@@ -89,8 +88,3 @@ class Aggregation:
         if text != self.obstacle and not is_disk(error):
             self._log.error("aggregation held up", round=current.number, exc_info=error)
         self.obstacle = text
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether the same may go well later: what the disk, the database, or want of memory or of open files refused."""
-    return is_disk(error) or isinstance(error, OSError | MemoryError | OperationalError)

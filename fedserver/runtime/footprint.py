@@ -1,4 +1,4 @@
-"""What a run takes on the server's disk. Pure, but for the manifest that somebody has read."""
+"""What a run takes on the server's disk, by its run file and its model's manifest. Pure."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ class Footprint:
     updates: int
     """How many are there at once."""
     update: int
+    """One of them."""
     versions: int
     """How many are there at once, with the one in the making."""
     version: int
+    """One of them."""
 
     @property
     def total(self) -> int:

@@ -8,11 +8,11 @@ from collections.abc import Coroutine
 from typing import Any
 
 from fedlink import log as logs
-from fedlink.errors import FedlinkError
 from fedlink.failpoints import reach
 from fedserver.rounds.model import Round
 from fedserver.runtime import records
 from fedserver.runtime.parts import Parts
+from fedserver.runtime.passing import may_pass
 from fedserver.runtime.versions import READ_SECONDS
 from fedserver.store.disk import is_disk
 from fedserver.store.rows import RunRow
@@ -21,7 +21,7 @@ _TRY_AGAIN_SECONDS = 5.0
 
 
 class Tidying:
-    """Deletes for one run. Nothing waits for it, and what the disk refuses is tried again.
+    """Deletes for one run. Nothing waits for it, and what may go well later is tried again.
 
     Args:
         run: whose leavings these are.
@@ -38,9 +38,10 @@ class Tidying:
         """Delete everything that was uploaded for a round."""
         try:
             await self._drop_updates(ended)
-        except FedlinkError as e:
-            if not is_disk(e):
+        except Exception as e:
+            if not may_pass(e):
                 raise
+            self._say(e, "updates not deleted")
             self._begin(self._drop_later(ended))
 
     def retire(self) -> None:
@@ -79,21 +80,29 @@ class Tidying:
             await asyncio.sleep(_TRY_AGAIN_SECONDS)
             try:
                 await self._drop_updates(ended)
-            except FedlinkError as e:
-                refused = is_disk(e)
+            except Exception as e:  # noqa: BLE001 - logged; the next start deletes them, too
+                refused = may_pass(e)
+                if not refused:
+                    self._say(e, "updates not deleted")
             else:
                 refused = False
 
     async def _retire(self) -> None:
-        spared = True
+        spared, said = True, False
         while spared:
             pause = READ_SECONDS
             try:
                 spared = await self._parts.versions.retire(self._run_id)
             except Exception as e:  # noqa: BLE001 - logged; the next version, or the next start, retires them, too
-                if not is_disk(e):
-                    self._log.exception("versions not retired")
+                if not said:
+                    self._say(e, "versions not retired")
+                if not may_pass(e):
                     return
-                pause = _TRY_AGAIN_SECONDS
+                pause, said = _TRY_AGAIN_SECONDS, True
             if spared:
                 await asyncio.sleep(pause)
+
+    def _say(self, error: Exception, what: str) -> None:
+        # What the disk refuses, it has logged itself.
+        if not is_disk(error):
+            self._log.error(what, exc_info=error)

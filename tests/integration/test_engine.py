@@ -17,8 +17,9 @@ from sqlalchemy.exc import OperationalError
 from fedlink.blobs import ref_of
 from fedlink.errors import FedlinkError, Reason
 from fedserver.rounds.model import Phase, TaskState
-from fedserver.runtime import aggregation, board
+from fedserver.runtime import aggregation, board, records, tidying
 from fedserver.store.disk import Disk
+from fedserver.store.rows import UploadRow
 from tests.support.server import (
     ONE,
     QUIET,
@@ -209,6 +210,23 @@ async def test_what_may_pass_is_waited_for_with_the_updates_kept(fed: Server, mo
     ended = await fed.ended(run)
     assert (ended.state, ended.version) == ("completed", 1)
     assert spooled(fed) == 0
+
+
+async def test_a_database_that_is_locked_at_the_end_keeps_neither_the_run_nor_its_updates(fed: Server, monkeypatch):
+    monkeypatch.setattr(tidying, "_TRY_AGAIN_SECONDS", 0.1)
+    await fed.join("a")
+    run = await fed.create(**ONE, **QUIET)
+    forget, refusals = records.forget_updates, iter([LOCKED, LOCKED])
+
+    def locked(*args: Any) -> list[UploadRow]:
+        for refusal in refusals:
+            raise refusal
+        return forget(*args)
+
+    monkeypatch.setattr(records, "forget_updates", locked)
+    await fed.train("a")
+    assert (await fed.ended(run)).state == "completed"
+    await fed.until(lambda: spooled(fed) == 0, "the updates to be deleted")
 
 
 async def test_a_commit_that_fails_leaves_nothing_behind_and_no_run_hanging(fed: Server, monkeypatch):
