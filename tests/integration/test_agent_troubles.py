@@ -1,4 +1,4 @@
-"""The daemon in trouble: servers that lose what they had, disks that refuse, a drain at any moment; as in test_agent."""
+"""The daemon in trouble: servers that lose what they had, disks that refuse, drains at any time; as in test_agent."""
 
 from __future__ import annotations
 
