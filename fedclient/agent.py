@@ -88,7 +88,7 @@ class Agent:
         self._pulse.phase = "looking for the server"
         await session.open()
         self._pulse.phase = "serving"
-        cache = BlobCache(self._site.state_dir / "cache", self._site.cache_limit)
+        cache = BlobCache(self._site.state_dir / "cache", self._site.cache_limit, spool.recycler)
         tools = Tools(session, spool, Transfer(session, cache), disk, self._rng, self._site.name)
         return Desk(tools, terms, self._trainers, self._site.devices)
 

@@ -74,7 +74,8 @@ class Desk:
         try:
             async with asyncio.TaskGroup() as group:
                 await self._go_on_with_held(group)
-                idle = [group.create_task(self._dispatch(group)), group.create_task(self._confirm_completed(group))]
+                aside = self._dispatch(group), self._confirm_completed(group), self._tools.spool.recycler.expiring()
+                idle = [group.create_task(part) for part in aside]
                 await draining.wait()
                 self._log.info("draining", tasks=len(self._running))
                 for task in idle:

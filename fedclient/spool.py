@@ -5,6 +5,7 @@
     state_dir/tasks/TOKEN/                 its model directory and its update, until it is over
     state_dir/checkpoints/RUN@WORKLOAD/    what a training goes on from, until its update is whole
     state_dir/cache/DIGEST                 downloaded blobs, least recently used first out
+    state_dir/recycled/                    files that are over, for a while, to be written over
 
 A task is FETCHED until its update is whole on disk, TRAINED until the server gave its
 verdict, COMPLETED until the server says that the round is over. Everything here blocks;
@@ -32,6 +33,7 @@ from fedlink.errors import FedlinkError, Reason
 from fedlink.failpoints import reach
 from fedlink.files import make_directory, sync
 from fedlink.lock import holder, take
+from fedlink.recycle import Recycler
 from fedlink.run_file import MAX_JSON_BYTES
 from fedlink.tensors import Kind
 
@@ -163,6 +165,9 @@ class Spool:
     Args:
         root: made if missing, readable for its owner only.
 
+    Attributes:
+        recycler: gets the files of updates that are over.
+
     Raises:
         FedlinkError: FAILED: another daemon uses it; BAD_CONFIG: it cannot be made.
     """
@@ -182,9 +187,11 @@ class Spool:
             raise FedlinkError(
                 Reason.FAILED, f"another fedclient runs with state_dir {root}: stop it, or give this site its own"
             )
+        self.recycler = Recycler(root / "recycled")
 
     def close(self) -> None:
         """Release the lock."""
+        self.recycler.clear()
         os.close(self._lock)
 
     def load(self) -> list[Held]:
@@ -240,11 +247,26 @@ class Spool:
         """
         (self._journal / f"{token.hex()}.json").unlink(missing_ok=True)
         reach("task.dropped")
+        update_dir = self.update_dir(token)
+        with contextlib.suppress(OSError):
+            for path in update_dir.iterdir():
+                self.recycler.give(path)
         shutil.rmtree(self._tasks / token.hex(), ignore_errors=True)
         held = self._held.pop(token, None)
         # A trained task has none any more: what is there is a later round's, and may wait for its next attempt.
         if held and held.stage is Stage.FETCHED and not keep_checkpoint:
             self._drop_checkpoint(held)
+
+    def prepare_update(self, token: bytes, files: Mapping[str, int]) -> None:
+        """Make the directory for an update, in place of whatever was there.
+
+        Args:
+            token: the task's.
+            files: names and sizes of what will be written: where there is an old file for one, it is written over.
+        """
+        update_dir = fresh_directory(self.update_dir(token))
+        for name, size in files.items():
+            self.recycler.take(update_dir / name, size)
 
     def keep_files(self, token: bytes) -> None:
         """Make what the directories of a task hold survive a power loss."""
@@ -286,10 +308,14 @@ class BlobCache:
 
     What a held task needs is pinned and stays, even over the limit; the rest goes, least
     recently used first. Pins belong to the event loop; only one thread at a time may call the rest.
+
+    Attributes:
+        recycler: gets the files of blobs that nothing will ask for again, if there is one.
     """
 
-    def __init__(self, root: Path, limit: int) -> None:
+    def __init__(self, root: Path, limit: int, recycler: Recycler | None = None) -> None:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.recycler = recycler
         self._root, self._limit = root, limit
         self._pins: dict[bytes, frozenset[bytes]] = {}
 
@@ -320,7 +346,11 @@ class BlobCache:
     def drop(self, digests: Iterable[bytes]) -> None:
         """Delete blobs that nothing will ask for again."""
         for digest in digests:
-            self.path(digest).unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                if self.recycler:
+                    self.recycler.give(self.path(digest))
+                else:
+                    self.path(digest).unlink()
 
     def trim(self, pinned: frozenset[bytes], incoming: int = 0) -> None:
         """Delete what is least recently used, and not pinned, until `incoming` more bytes fit under the limit.

@@ -15,12 +15,12 @@ from pathlib import Path
 
 from fedclient.session import Session
 from fedclient.spool import BlobCache, Order, fresh_directory
-from fedclient.trainer.wire import MODEL_FILE
+from fedclient.trainer.wire import MODEL_FILE, UPDATE_STEM
 from fedlink import bulk, log
 from fedlink.blobs import MAX_MANIFEST_SIZE, BlobRef
 from fedlink.errors import FedlinkError, Reason
 from fedlink.manifest import FileEntry, Manifest, manifest_of_files
-from fedlink.tensors import Kind, Role, TensorError, read_header
+from fedlink.tensors import Kind, Role, TensorError, read_header, shard_name, update_spec
 from fedlink.transfer import TaskPurpose
 
 OnBytes = Callable[[int, int], None]
@@ -66,8 +66,8 @@ class Transfer:
         self._checked: set[bytes] = set()
         self._newest: dict[str, frozenset[bytes]] = {}
 
-    async def fetch(self, order: Order, model_dir: Path, on_bytes: OnBytes) -> None:
-        """Lay out a task's model for the trainer, downloading what is not here.
+    async def fetch(self, order: Order, model_dir: Path, on_bytes: OnBytes) -> Manifest:
+        """Lay out a task's model for the trainer, downloading what is not here; answers the model's manifest.
 
         The shards are hard links into the cache, beside `MODEL_FILE`.
 
@@ -91,6 +91,7 @@ class Transfer:
             await self._drop_older(order.run, needed)
             await self._ensure(order, files, on_bytes)
             await asyncio.to_thread(self._lay_out, manifest, model_dir)
+        return manifest
 
     async def _drop_older(self, run: str, needed: frozenset[bytes]) -> None:
         """Of a run's versions only the newest is of use; what it shares with the one before (a frozen base) stays."""
@@ -163,6 +164,7 @@ class Transfer:
                 metadata=session.metadata,
                 on_progress=on_bytes,
                 stall=session.patience.stall,
+                recycler=self._cache.recycler,
             )
         )
 
@@ -192,6 +194,13 @@ class Transfer:
             "aliases": dict(manifest.aliases),
         }
         (model_dir / MODEL_FILE).write_text(json.dumps(table), encoding="utf-8")
+
+
+def update_files(model: Manifest, update_dtype: str) -> dict[str, int]:
+    """Names and about the sizes of the files that a trainer will write for an update to a model."""
+    trained = [[t.spec for t in model.in_file(i) if t.spec.role is not Role.FROZEN] for i in range(len(model.files))]
+    sizes = [sum(update_spec(s, update_dtype).nbytes for s in specs) for specs in trained if specs]
+    return {shard_name(i, len(sizes), UPDATE_STEM): size for i, size in enumerate(sizes)}
 
 
 def drop_model_files(model_dir: Path) -> None:

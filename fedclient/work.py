@@ -2,8 +2,9 @@
 
     FETCHED ── fetch the model, train ──▶ TRAINED ── upload, complete ──▶ COMPLETED or gone
 
-Every arrow ends with a journal entry, so that a restart begins at the last one. A device
-is held only for the first arrow. What ends a task early, and what becomes of it:
+Every arrow ends with a journal entry, so that a restart begins at the last one; the upload
+begins while what was trained is still being made safe from a power loss. A device is held
+only for the first arrow. What ends a task early, and what becomes of it:
 
     the site's terms forbid it, the trainer fails     reported, forgotten
     the server says it is over or cancels it          forgotten
@@ -28,8 +29,8 @@ from pydantic import ValidationError
 from fedclient.launch import FailReason, Job, JobKind, Progress, Result, TrainerFailed, Write
 from fedclient.policy import Refused, Terms
 from fedclient.session import BACKOFF, Session, TaskFailure
-from fedclient.spool import Held, Order, Outcome, Spool, Stage, fresh_directory, refuses
-from fedclient.transfer import Encoded, Transfer, drop_model_files, encode
+from fedclient.spool import Held, Order, Outcome, Spool, Stage, refuses
+from fedclient.transfer import Encoded, Transfer, drop_model_files, encode, update_files
 from fedlink import log
 from fedlink.config import explain
 from fedlink.errors import FedlinkError, Reason
@@ -138,6 +139,7 @@ class Work:
         self._say_dropped = say_dropped
         self._trainer: TrainerHandle | None = None
         self._encoded: Encoded | None = None
+        self._keeping: asyncio.Task[None] | None = None
         self._log = log.get("task").bind(
             client=tools.client, run=held.order.run, round=held.order.round, task=self.short_name
         )
@@ -154,6 +156,8 @@ class Work:
 
     async def compute(self, trainer: GetTrainer) -> TaskFailure | None:
         """Bring a FETCHED task to TRAINED; answers what the server must be told if that cannot be.
+
+        Its journal entry is on the disk when `deliver` completes the task.
 
         Raises:
             FedlinkError: the task or the session is over.
@@ -184,6 +188,9 @@ class Work:
             accepted = await self._deliver()
         except (FedlinkError, OSError) as e:
             return _unavailable(e)
+        finally:
+            if self._keeping:
+                self._keeping.cancel()
         if accepted and self.order.update:
             if not self.held.completed:
                 self.held = self.held.accepted()
@@ -279,9 +286,11 @@ class Work:
         model_dir, update_dir = tools.spool.model_dir(token), tools.spool.update_dir(token)
         self.status.enter("downloading")
         began = time.monotonic()
-        await tools.transfer.fetch(order, model_dir, self.status.advance)
+        model = await tools.transfer.fetch(order, model_dir, self.status.advance)
         self._log.info("downloaded", activity=order.activity, seconds=_since(began))
-        await tools.on_disk(fresh_directory, update_dir)
+        await tools.on_disk(
+            tools.spool.prepare_update, token, update_files(model, order.update_dtype) if order.update else {}
+        )
         reach("model.fetched")
         self.status.enter("computing")
         job = Job(
@@ -303,10 +312,8 @@ class Work:
         began = time.monotonic()
         result = await self._train(get_trainer, job)
         reach("update.computed")
-        trained = self.held.trained(self._outcome(result))
-        await self._until_it_works(lambda: tools.on_disk(self._keep_result, trained), hopeless=_NOT_KEPT)
-        self.held = trained
-        await tools.transfer.let_go(token)
+        self.held = self.held.trained(self._outcome(result))
+        self._keeping = asyncio.create_task(self._keep(self.held))
         self._log.info(
             "computed",
             activity=order.activity,
@@ -314,6 +321,11 @@ class Work:
             steps=result.steps,
             seconds=_since(began),
         )
+
+    async def _keep(self, trained: Held) -> None:
+        tools = self._tools
+        await self._until_it_works(lambda: tools.on_disk(self._keep_result, trained), hopeless=_NOT_KEPT)
+        await tools.transfer.let_go(trained.token)
 
     async def _train(self, get_trainer: GetTrainer, job: Job) -> Result:
         while True:
@@ -403,6 +415,8 @@ class Work:
                 await self._send(self._encoded)
             reach("update.sent")
         update = self._encoded.manifest.ref if self._encoded else None
+        if self._keeping:
+            await self._keeping
         attempts = 0
         while True:
             try:

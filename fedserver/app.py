@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -24,6 +24,7 @@ from fedlink.errors import FedlinkError, Reason
 from fedlink.failpoints import reach
 from fedlink.files import make_directory
 from fedlink.lock import take
+from fedlink.recycle import Recycler
 from fedlink.v1 import admin_service_pb2_grpc, coordination_service_pb2_grpc
 from fedserver.runtime.board import TaskBoard
 from fedserver.runtime.completion import Completions
@@ -52,6 +53,25 @@ from fedserver.store.spool import Spool
 _GRACE_SECONDS = 3.0
 _DISK_THREADS = 8
 _SERVICES = ("fedlink.v1.AdminService", "fedlink.v1.BlobService", "fedlink.v1.CoordinationService")
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What lies in the data directory."""
+
+    disk: Disk
+    recycler: Recycler
+    store: DirectoryBlobStore
+    spool: Spool
+
+    @classmethod
+    def at(cls, settings: ServerSettings) -> Self:
+        """Open it."""
+        data_dir = settings.data_dir
+        recycler = Recycler(data_dir / "recycled")
+        disk = Disk(data_dir, reserve=settings.disk_reserve, spare=recycler)
+        store = DirectoryBlobStore(data_dir / "blobs", recycler)
+        return cls(disk, recycler, store, Spool(data_dir / "spool", disk=disk, recycler=recycler))
 
 
 @dataclass
@@ -119,19 +139,20 @@ async def running(settings: ServerSettings) -> AsyncIterator[App]:
     _make_private(data_dir)
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(_locked(data_dir))
-        disk = Disk(data_dir, reserve=settings.disk_reserve)
-        database = Database(settings.database_url, disk=disk)
+        storage = Storage.at(settings)
+        store, spool = storage.store, storage.spool
+        database = Database(settings.database_url, disk=storage.disk)
         stack.callback(database.close)
         database.open()
         executor = stack.enter_context(ThreadPoolExecutor(_DISK_THREADS, "disk"))
-        store, spool = DirectoryBlobStore(data_dir / "blobs"), Spool(data_dir / "spool", disk=disk)
         await recover(database, store, spool, data_dir / "tmp")
         reach("server.recovered")
-        parts, engine = _build(settings, database, store, spool, disk)
+        parts, engine = _build(settings, database, storage)
         await parts.sites.load()
         await engine.start()
         stack.push_async_callback(engine.close)
         await stack.enter_async_context(_meanwhile(expire_imports(database, parts.versions, spool)))
+        await stack.enter_async_context(_meanwhile(storage.recycler.expiring()))
 
         limits = BulkLimits.of(settings)
         certificates = Certificates(settings.tls) if settings.tls else None
@@ -203,11 +224,10 @@ def _tls(settings: ServerSettings) -> str:
     return "on" if settings.tls else "off"
 
 
-def _build(
-    settings: ServerSettings, database: Database, store: DirectoryBlobStore, spool: Spool, disk: Disk
-) -> tuple[Parts, Engine]:
+def _build(settings: ServerSettings, database: Database, storage: Storage) -> tuple[Parts, Engine]:
     board = TaskBoard(database, lease_term=settings.lease_term)
-    versions = Versions(database, store, spool, settings.data_dir / "tmp", disk)
+    store, spool, disk = storage.store, storage.spool, storage.disk
+    versions = Versions(database, store, spool, settings.data_dir / "tmp", disk, recycler=storage.recycler)
     integrity = Integrity(database, versions, store)
     access = TaskBlobAccess(database, board, versions, store, spool, integrity=integrity)
     changed = asyncio.Event()

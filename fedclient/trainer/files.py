@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedclient.trainer.state import ModelMismatchError, Start, State
-from fedclient.trainer.wire import MODEL_FILE, Write
+from fedclient.trainer.wire import MODEL_FILE, UPDATE_STEM, Write
 from fedlink.tensors import (
     DTYPES,
     Role,
@@ -177,7 +177,7 @@ def write_update(
     shards = [shard for shard in model.shards if shard.changing]
     paths = []
     for index, shard in enumerate(shards):
-        path = out_dir / shard_name(index, len(shards), "update")
+        path = out_dir / shard_name(index, len(shards), UPDATE_STEM)
         kept = write is Write.WEIGHTS
         specs = {t.spec.name: t.spec if kept else update_spec(t.spec, update_dtype) for t in shard.changing}
         with ShardWriter(path, _aligned(specs.values())) as writer, shard.path.open("rb") as f:

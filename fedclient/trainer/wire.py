@@ -32,6 +32,10 @@ MODEL_FILE = "model.json"
 """In a model directory: `{"files": [...], "roles": {tensor: role}, "aliases": {alias: tensor}}`, files in order."""
 
 
+UPDATE_STEM = "update"
+"""What the files of an update are called: `fedlink.tensors.shard_name` of this stem, one for each file that changes."""
+
+
 class FailReason(enum.StrEnum):
     """Why a trainer gave no result; the first four are `FailTaskRequest.Reason` in lower case."""
 
@@ -138,7 +142,7 @@ class Job(_Message):
     model_key: str = ""
     """Names the model's content: evaluating it twice in a row loads it once. Empty: always load."""
     out_dir: Path | None = None
-    """Where files are written; exists and is empty."""
+    """Where files are written; exists. A file of a name that is to be written is written over, whatever it holds."""
     write: Write = Write.DELTA
     update_dtype: str = "F32"
     """safetensors name of the dtype for deltas and gradients; F64 parameters travel as F64."""

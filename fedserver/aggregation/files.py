@@ -13,6 +13,7 @@ from typing import Self
 from fedlink.blobs import ChunkHasher
 from fedlink.errors import FedlinkError, Reason
 from fedlink.manifest import FileEntry, TensorEntry
+from fedlink.recycle import Recycler
 from fedlink.tensors import ShardWriter, TensorError, TensorSpec, read_into
 from fedserver.aggregation.pipeline import WrittenFile
 
@@ -85,13 +86,20 @@ class NamingWriter:
     Attributes:
         header: where each tensor goes.
 
+    Args:
+        path: the file.
+        specs: its tensors, in this order.
+        recycler: may have a file to write over.
+
     Raises:
         FileExistsError: the file exists; it may be one that is being read.
     """
 
-    def __init__(self, path: Path, specs: Sequence[TensorSpec]) -> None:
+    def __init__(self, path: Path, specs: Sequence[TensorSpec], recycler: Recycler | None = None) -> None:
         if path.exists():
             raise FileExistsError(errno.EEXIST, "will not write over it", str(path))
+        if recycler:
+            recycler.take(path, sum(s.nbytes for s in specs))
         self._writer = ShardWriter(path, specs)
         self._hasher = ChunkHasher()
         self._hasher.update(self._writer.head)

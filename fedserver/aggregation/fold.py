@@ -13,6 +13,7 @@ import numpy as np
 from fedlink.errors import FedlinkError, Reason
 from fedlink.failpoints import reach
 from fedlink.manifest import Manifest, TensorEntry, manifest_of_files
+from fedlink.recycle import Recycler
 from fedlink.tensors import DTYPES, Header, Kind, Role, TensorSpec, shard_name, windows
 from fedserver.aggregation.checked import CheckedReader
 from fedserver.aggregation.files import NamingWriter, naming_a_full_disk
@@ -38,6 +39,7 @@ def aggregate(
     pipeline: Pipeline,
     out_dir: Path,
     *,
+    recycler: Recycler | None = None,
     workers: int = 2,
     unwanted: Callable[[], bool] = lambda: False,
 ) -> NewVersion:
@@ -57,6 +59,7 @@ def aggregate(
         pipeline: the strategy.
         out_dir: an empty directory for the new files; the caller removes what is left in it,
             after success and after failure.
+        recycler: gives files to write over.
         workers: shards written at the same time, one thread each.
         unwanted: asked before every window; once it says so, the pass ends.
 
@@ -75,7 +78,7 @@ def aggregate(
         )
     # The first of several maxima: the lower name.
     donor = max(ordered, key=lambda c: c.num_examples)
-    plan = _Plan(model, master, ordered, donor, pipeline, out_dir, unwanted)
+    plan = _Plan(model, master, ordered, donor, pipeline, out_dir, recycler, unwanted)
     changing = [i for i in range(len(model.files)) if any(_changes(t) for t in model.manifest.in_file(i))]
     with naming_a_full_disk(out_dir), ThreadPoolExecutor(workers, "fold") as pool:
         folded = dict(zip(changing, pool.map(lambda i: _ShardFold(plan, i).run(), changing), strict=True))
@@ -99,6 +102,7 @@ class _Plan:
     """Whose values are taken where nothing can be averaged."""
     pipeline: Pipeline
     out_dir: Path
+    recycler: Recycler | None
     unwanted: Callable[[], bool]
 
 
@@ -128,9 +132,9 @@ class _ShardFold:
         narrow = [TensorSpec(t.spec.name, "F32", t.spec.shape) for t in self._entries if _is_narrow(t.spec)]
         master_path = self._plan.out_dir / shard_name(self._index, count, "master")
         with self._reader, ExitStack() as stack:
-            out = NamingWriter(self._plan.out_dir / shard_name(self._index, count), [t.spec for t in self._entries])
-            stack.enter_context(out)
-            master = stack.enter_context(NamingWriter(master_path, narrow)) if narrow else None
+            path, recycler = self._plan.out_dir / shard_name(self._index, count), self._plan.recycler
+            out = stack.enter_context(NamingWriter(path, [t.spec for t in self._entries], recycler))
+            master = stack.enter_context(NamingWriter(master_path, narrow, recycler)) if narrow else None
             # Overflow shows in the result, where it is refused by the tensor's name.
             stack.enter_context(np.errstate(over="ignore", under="ignore", invalid="ignore"))
             for entry in self._entries:

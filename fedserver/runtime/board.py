@@ -77,6 +77,8 @@ class OpenTask:
     """When its result came that is being checked."""
     sending: bool = False
     """Its update has begun to come in."""
+    displaced: int = 0
+    """Bytes of its uploads that others of them have taken the room of."""
     bytes_down: int = 0
     bytes_up: int = 0
     metrics: dict[str, float] = field(default_factory=dict)

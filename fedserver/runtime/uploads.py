@@ -34,6 +34,8 @@ from fedserver.store.rows import UploadRow
 from fedserver.store.spool import Spool
 
 _MAX_TASK_UPLOADS = 20_000
+_DISPLACED = 4
+"""So many times the allowed bytes a task may send and replace: further updates of a site that was killed in between."""
 _CACHED_TENSORS = 200_000
 _DRAIN_PAUSE = 2.0
 
@@ -144,7 +146,7 @@ class TaskBlobAccess:
                 await asyncio.to_thread(self._spool.create, upload.id, ref, chunk_digests, leave=leave)
                 return upload.id
         if task is not None:
-            await self._check_room(task, mine, ref)
+            await self._make_room(task, mine, ref)
         source = (await self._here(caller, purpose, task, {ref.digest})).get(ref.digest)
         upload_id = secrets.token_bytes(16)
         values: dict[str, Any] = {"task_id": task.row.id} if task else {"import_id": _import_id(purpose)}
@@ -242,18 +244,35 @@ class TaskBlobAccess:
         import_id = _import_id(purpose)
         return await self._db.run(lambda c: q.import_uploads(c, import_id))
 
-    async def _check_room(self, task: OpenTask, mine: Sequence[UploadRow], ref: BlobRef) -> None:
+    async def _make_room(self, task: OpenTask, mine: Sequence[UploadRow], ref: BlobRef) -> None:
+        """Return if a task may have one more upload; what it has too much of before goes, the oldest first.
+
+        A site that lost its update while it sent it trains again, and may come to other bits.
+
+        Raises:
+            FedlinkError: TOO_LARGE, TASK_COMPLETED.
+        """
         if task.state is TaskState.CHECKING:
             raise FedlinkError(Reason.TASK_COMPLETED, "this task's update is being checked; nothing is to be sent")
         model = await self.model_manifest((await self.task_model(task)).digest)
         limit = max_update_bytes(model, task.run.parsed) + MAX_MANIFEST_SIZE
+        older = sorted(mine, key=lambda u: u.created)
         total = sum(u.size for u in mine) + ref.size
-        if total > limit or len(mine) >= _MAX_TASK_UPLOADS:
+        useless = []
+        while older and total > limit and task.claim is None:
+            useless.append(older.pop(0))
+            total -= useless[-1].size
+        displaced = task.displaced + sum(u.size for u in useless)
+        if total > limit or len(older) >= _MAX_TASK_UPLOADS or displaced > _DISPLACED * limit:
             raise FedlinkError(
                 Reason.TOO_LARGE,
-                f"client {task.client!r} would send {total} bytes for one task of run {task.run.name!r}; "
+                f"client {task.client!r} would send {displaced + total} bytes for one task of run {task.run.name!r}; "
                 f"the model allows {limit}. Check that the update has the model's shapes and the run's update_dtype",
             )
+        if useless:
+            task.displaced = displaced
+            await self._db.run(lambda c: q.delete_uploads(c, [u.id for u in useless]))
+            await self._versions.forget_uploads(useless)
 
     async def _here(
         self, caller: Caller, purpose: Purpose, task: OpenTask | None, digests: Collection[bytes]

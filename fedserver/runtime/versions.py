@@ -19,6 +19,7 @@ from fedlink.blobs import MAX_MANIFEST_SIZE, BlobRef, blob_digest, chunk_digests
 from fedlink.errors import FedlinkError, Reason
 from fedlink.failpoints import reach
 from fedlink.manifest import Manifest
+from fedlink.recycle import Recycler
 from fedlink.tensors import Kind, TensorError, read_header
 from fedserver.aggregation.fold import aggregate
 from fedserver.aggregation.pipeline import Contribution, ModelFiles, NewVersion
@@ -86,8 +87,18 @@ def is_as_sent(spool: Spool, upload_id: bytes, unwanted: Unwanted) -> bool:
 class Versions:
     """Builds, keeps and retires the versions of every run, and takes in models."""
 
-    def __init__(self, database: Database, store: BlobStore, spool: Spool, scratch: Path, disk: Disk) -> None:
+    def __init__(
+        self,
+        database: Database,
+        store: BlobStore,
+        spool: Spool,
+        scratch: Path,
+        disk: Disk,
+        *,
+        recycler: Recycler | None = None,
+    ) -> None:
         self._db = database
+        self._recycler = recycler
         self._disk = disk
         self._store = store
         self._spool = spool
@@ -136,7 +147,9 @@ class Versions:
                 contributions = [self._contribution(t, [u for u in uploads if u.task_id == t.id]) for t in tasks]
                 master = self.files_of(base.master_digest) if base.master_digest else None
                 model, pipeline = self.files_of(base.digest), pipeline_for(run.parsed)
-                return aggregate(model, master, contributions, pipeline, out_dir, unwanted=unwanted)
+                return aggregate(
+                    model, master, contributions, pipeline, out_dir, recycler=self._recycler, unwanted=unwanted
+                )
 
         def store(new: NewVersion) -> StoredVersion:
             with self._disk.used_for("the next version"):

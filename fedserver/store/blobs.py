@@ -9,11 +9,14 @@ suffix always has its list. Everything here blocks on the disk; call it from a t
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
 import secrets
 import shutil
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +26,7 @@ from fedlink.blobs import CHUNK_SIZE, DIGEST_SIZE, BlobRef, chunk_spans, first_b
 from fedlink.errors import FedlinkError, Reason
 from fedlink.failpoints import reach
 from fedlink.files import make_directory, read_at, sync
+from fedlink.recycle import Recycler
 from fedserver.store.disk import disk_errors_named
 
 _LIST_SUFFIX = ".chunks"
@@ -159,10 +163,18 @@ def checked(reader: BlobReader, digest: bytes) -> Callable[[memoryview, int], No
 
 
 class DirectoryBlobStore:
-    """Blobs in a directory of the local disk. Leftovers of an interrupted `adopt` or `delete` go at construction."""
+    """Blobs in a directory of the local disk. Leftovers of an interrupted `adopt` or `delete` go at construction.
 
-    def __init__(self, root: Path) -> None:
+    Args:
+        root: the directory.
+        recycler: where the files of deleted blobs go, unless they are being read.
+    """
+
+    def __init__(self, root: Path, recycler: Recycler | None = None) -> None:
         self._root = root
+        self._recycler = recycler
+        self._read = Counter[bytes]()
+        self._lock = threading.Lock()
         make_directory(root)
         self._sweep()
 
@@ -173,10 +185,15 @@ class DirectoryBlobStore:
     def open(self, digest: bytes) -> DirectoryBlobReader:
         """Open a blob; see `BlobStore.open`."""
         path = self._path(digest)
+        with self._lock:
+            self._read[digest] += 1
         try:
-            reader = DirectoryBlobReader(path, digest, _list_of(path).read_bytes())
-        except FileNotFoundError:
-            raise _not_found(digest) from None
+            reader = DirectoryBlobReader(path, digest, _list_of(path).read_bytes(), self._closed)
+        except BaseException as e:
+            self._closed(digest)
+            if isinstance(e, FileNotFoundError):
+                raise _not_found(digest) from None
+            raise
         if not is_list_of(reader.chunk_digests, BlobRef(digest, reader.size)):
             reader.close()
             raise _corrupt(digest, "its size or chunk list is not what its name says")
@@ -210,7 +227,13 @@ class DirectoryBlobStore:
     def delete(self, digest: bytes) -> None:
         """Remove a blob; see `BlobStore.delete`."""
         path = self._path(digest)
-        path.unlink(missing_ok=True)
+        with self._lock:
+            # It must stay as it is for who reads it.
+            recycler = None if self._read[digest] else self._recycler
+            if recycler:
+                with contextlib.suppress(FileNotFoundError):
+                    recycler.give(path)
+            path.unlink(missing_ok=True)
         reach("blob.unlinked")
         _list_of(path).unlink(missing_ok=True)
 
@@ -230,6 +253,12 @@ class DirectoryBlobStore:
                 if unwanted():
                     raise FedlinkError(Reason.DRAINING, f"the look at blob {digest.hex()[:12]} is not wanted any more")
                 read_into(buffer[:length], offset)
+
+    def _closed(self, digest: bytes) -> None:
+        with self._lock:
+            self._read[digest] -= 1
+            if not self._read[digest]:
+                del self._read[digest]
 
     def _path(self, digest: bytes) -> Path:
         if len(digest) != DIGEST_SIZE:
@@ -271,11 +300,12 @@ class DirectoryBlobStore:
 class DirectoryBlobReader:
     """An open file of a `DirectoryBlobStore`; see `BlobReader`."""
 
-    def __init__(self, path: Path, digest: bytes, chunk_digests: bytes) -> None:
+    def __init__(self, path: Path, digest: bytes, chunk_digests: bytes, closed: Callable[[bytes], None]) -> None:
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._digest = digest
         self._size = os.fstat(self._fd).st_size
         self._chunk_digests = chunk_digests
+        self._closed = closed
 
     @property
     def size(self) -> int:
@@ -299,6 +329,7 @@ class DirectoryBlobReader:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+            self._closed(self._digest)
 
     def __enter__(self) -> Self:
         return self

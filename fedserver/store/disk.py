@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fedlink import log as logs
 from fedlink.errors import FedlinkError, Reason
+from fedlink.recycle import Recycler
 
 RETRY_AFTER = 5.0
 """Seconds after which a client may ask again."""
@@ -75,10 +76,12 @@ class Disk:
     Args:
         root: a directory on it.
         reserve: bytes that uploads leave free.
+        spare: files on it that are only kept to be written over: they go when room is needed.
     """
 
-    def __init__(self, root: Path, *, reserve: int = 0) -> None:
+    def __init__(self, root: Path, *, reserve: int = 0, spare: Recycler | None = None) -> None:
         self._root = root
+        self._spare = spare
         self._reserve = reserve
         self._troubles: dict[str, tuple[str, float]] = {}
         self._lock = threading.Lock()
@@ -97,6 +100,9 @@ class Disk:
         """
         kept = self._reserve + leave
         free = shutil.disk_usage(self._root).free
+        if free < size + kept and self._spare and self._spare.held:
+            self._spare.clear()
+            free = shutil.disk_usage(self._root).free
         if free < size + kept:
             text = f"has no room for further uploads: {free} bytes are free, {size} are needed and {kept} kept free"
             self.note(FURTHER, text)
@@ -105,7 +111,8 @@ class Disk:
     @property
     def room(self) -> int:
         """Bytes that may be taken now."""
-        return max(0, shutil.disk_usage(self._root).free - self._reserve)
+        spare = self._spare.held if self._spare else 0
+        return max(0, shutil.disk_usage(self._root).free + spare - self._reserve)
 
     @property
     def reserve(self) -> int:
@@ -132,6 +139,8 @@ class Disk:
     def failed(self, use: str, error: FedlinkError) -> None:
         """The disk refused something."""
         what = "cannot be written"
+        if self._spare:
+            self._spare.clear()
         if error.reason is Reason.DISK_FULL:
             what = f"is full ({shutil.disk_usage(self._root).free} bytes free)"
         self.note(use, f"{what}, which holds up {use}")

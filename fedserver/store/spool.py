@@ -3,7 +3,6 @@
     spool/<upload id>/state    magic, digest, size, committed mark
     spool/<upload id>/chunks   32 bytes for each chunk
     spool/<upload id>/data     the bytes; preallocated
-    spool/.free/               data files of deleted slots, to be written again
 
 A chunk is checked against the list, written, and only then does the mark move, by one
 8-byte write; nothing is synced. So whatever was acknowledged survives SIGKILL at any
@@ -14,7 +13,6 @@ disappears by one rename. Everything here blocks on the disk; call it from a thr
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
 import secrets
@@ -29,7 +27,6 @@ from fedlink.blobs import (
     CHUNK_SIZE,
     DIGEST_SIZE,
     BlobRef,
-    Buffer,
     chunk_digest,
     chunk_spans,
     first_bad_chunk,
@@ -37,7 +34,8 @@ from fedlink.blobs import (
 )
 from fedlink.errors import FedlinkError, Reason
 from fedlink.failpoints import reach
-from fedlink.files import read_at, write_at
+from fedlink.files import Buffer, open_to_fill, read_at, write_at
+from fedlink.recycle import Recycler
 from fedserver.store.disk import FURTHER, Disk
 
 UPLOAD_ID_SIZE = 16
@@ -77,19 +75,18 @@ class Spool:
     Args:
         root: the directory.
         disk: what it lies on; no slot is created that would not leave it its reserve.
-        recycle: bytes of deleted slots kept to be written again, which costs half of writing new files; their old
-            content is not readable through the spool.
+        recycler: where the files of deleted slots go and those of new ones come from; what they held is not readable
+            through the spool.
     """
 
-    def __init__(self, root: Path, *, disk: Disk | None = None, recycle: int = 0) -> None:
+    def __init__(self, root: Path, *, disk: Disk | None = None, recycler: Recycler | None = None) -> None:
         self._root = root
         self._disk = disk or Disk(root)
-        self._recycle = recycle
+        self._recycler = recycler
         self._locks = tuple(threading.Lock() for _ in range(_LOCKS))
-        self._free = root / _FREE
-        self._free.mkdir(parents=True, exist_ok=True)
+        root.mkdir(parents=True, exist_ok=True)
         for path in root.iterdir():
-            if path.name.startswith((_NEW, _OLD)):
+            if path.name.startswith((_NEW, _OLD, _FREE)):
                 shutil.rmtree(path)
 
     def create(self, upload_id: bytes, ref: BlobRef, chunk_digests: bytes, *, leave: int = 0) -> None:
@@ -315,30 +312,12 @@ class Spool:
             raise
 
     def _allocate(self, data: Path, ref: BlobRef, leave: int) -> None:
-        recycled = self._recycled(ref.size)
-        if recycled:
-            with contextlib.suppress(FileNotFoundError):
-                recycled.rename(data)
+        if self._recycler:
+            self._recycler.take(data, ref.size)
         have = data.stat().st_size if data.exists() else 0
         if have < ref.size:
             self._disk.check_room(ref.size - have, f"blob {ref}", leave=leave)
-        with _opened(data, os.O_RDWR | os.O_CREAT) as fd:
-            os.truncate(fd, ref.size)
-            if have < ref.size and hasattr(os, "posix_fallocate"):
-                try:
-                    os.posix_fallocate(fd, 0, ref.size)
-                except OSError as e:
-                    # A file system that cannot promise room says so when a chunk is written.
-                    if e.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                        raise
-
-    def _recycled(self, size: int) -> Path | None:
-        """The free file nearest in size."""
-        candidates = []
-        for path in self._free.iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                candidates.append((abs(path.stat().st_size - size), path))
-        return min(candidates)[1] if candidates and size else None
+        os.close(open_to_fill(data, ref.size))
 
     def _remove(self, directory: Path) -> None:
         old = self._root / f"{_OLD}{secrets.token_hex(8)}"
@@ -347,16 +326,10 @@ class Spool:
         except FileNotFoundError:
             return
         reach("upload.removed")
-        with contextlib.suppress(FileNotFoundError):
-            self._keep_free(old / "data")
+        if self._recycler:
+            with contextlib.suppress(FileNotFoundError):
+                self._recycler.give(old / "data")
         shutil.rmtree(old)
-
-    def _keep_free(self, data: Path) -> None:
-        status = data.stat()
-        held = sum(path.stat().st_size for path in self._free.iterdir())
-        # A linked file's bytes are a blob's: they must never be written over.
-        if status.st_nlink == 1 and 0 < status.st_size <= self._recycle - held:
-            data.rename(self._free / secrets.token_hex(8))
 
 
 def offset_mismatch(offset: int, committed: int) -> FedlinkError:

@@ -13,7 +13,8 @@ from concurrent.futures import Executor
 from types import TracebackType
 from typing import Any, Self
 
-from fedlink.blobs import CHUNK_SIZE, Buffer, chunk_spans
+from fedlink.blobs import CHUNK_SIZE, chunk_spans
+from fedlink.files import Buffer
 from fedlink.rpc import chunk_message
 
 BATCH_CHUNKS = 4

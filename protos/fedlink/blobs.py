@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 import blake3
 
+from fedlink.files import Buffer
+
 CHUNK_SIZE = 1 << 20
 """Bytes in every chunk but the last."""
 DIGEST_SIZE = 32
@@ -30,8 +32,6 @@ MAX_MESSAGE_BYTES = 4 << 20
 
 ChunkList = bytes | mmap.mmap
 """The digests of a blob's chunks, one after the other; a mapped file where a long one would take memory."""
-Buffer = bytes | bytearray | memoryview
-"""Anything that can be hashed or sent without a copy."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,11 +22,12 @@ import grpc.aio
 
 from fedlink import log
 from fedlink.batches import BATCH_CHUNKS, WriteBehind, read_ahead, settled
-from fedlink.blobs import CHUNK_SIZE, BlobRef, Buffer, ChunkHasher, first_bad_chunk
+from fedlink.blobs import CHUNK_SIZE, BlobRef, ChunkHasher, first_bad_chunk
 from fedlink.errors import FedlinkError, Reason
 from fedlink.failpoints import reach
-from fedlink.files import read_at
+from fedlink.files import Buffer, read_at
 from fedlink.part import PartFile
+from fedlink.recycle import Recycler
 from fedlink.rpc import Chunk, Metadata, decode_read_response, encode_bulk, from_rpc_error
 from fedlink.transfer import (
     FOREVER,
@@ -184,6 +185,7 @@ async def download_blob(
     stall: float = STALL,
     retry: Retry = FOREVER,
     rng: random.Random | None = None,
+    recycler: Recycler | None = None,
 ) -> None:
     """Fetch a blob to a file; returns when `target` is whole and every byte checked.
 
@@ -202,6 +204,7 @@ async def download_blob(
         stall: seconds in which at least one chunk must move, or the call is taken for broken.
         retry: how long to wait after failures, and when to give up.
         rng: source of jitter.
+        recycler: may have a file to write over.
 
     Raises:
         FedlinkError: fatal for this download: BLOB_NOT_FOUND, ROUND_CLOSED, TASK_NOT_FOUND, SESSION_*, BLOB_CORRUPT
@@ -210,7 +213,7 @@ async def download_blob(
     """
     rng = rng or random.SystemRandom()
     report = on_progress or _ignore
-    with PartFile(target, ref) as part:
+    with PartFile(target, ref, recycler) as part:
         resuming = asyncio.ensure_future(asyncio.to_thread(part.resume))
         await settled(resuming)
         resuming.result()

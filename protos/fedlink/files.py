@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from pathlib import Path
 
-from fedlink.blobs import Buffer
+Buffer = bytes | bytearray | memoryview
+"""Anything that can be hashed, written or sent without a copy."""
+_BLOCK = 512
 
 
 def read_at(fd: int, view: memoryview, offset: int) -> None:
@@ -34,6 +37,39 @@ def write_at(fd: int, data: Buffer, offset: int) -> None:
     done = 0
     while done < len(view):
         done += os.pwrite(fd, view[done:], offset + done)
+
+
+def open_to_fill(path: str | os.PathLike[str], size: int) -> int:
+    """A descriptor for a file of `size` bytes whose blocks are all there, so that a full disk shows now.
+
+    A file that is there is written over: what is not written keeps what it was.
+
+    Raises:
+        OSError: as the system says.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        before = os.fstat(fd)
+        if before.st_size != size:
+            os.truncate(fd, size)
+        if min(before.st_size, before.st_blocks * _BLOCK) < size:
+            _allocate(fd, size)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _allocate(fd: int, size: int) -> None:
+    # Writing into blocks that are there is also faster.
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except AttributeError:  # macOS
+        return
+    except OSError as e:
+        # A file system that cannot promise room says so when something is written.
+        if e.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
 
 
 def sync(path: Path) -> None:

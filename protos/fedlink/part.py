@@ -15,10 +15,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from fedlink.blobs import CHUNK_SIZE, BlobRef, Buffer, chunk_spans, first_bad_chunk, is_list_of
+from fedlink.blobs import CHUNK_SIZE, BlobRef, chunk_spans, first_bad_chunk, is_list_of
 from fedlink.errors import FedlinkError, Reason
 from fedlink.failpoints import reach
-from fedlink.files import read_at, write_at
+from fedlink.files import Buffer, open_to_fill, read_at, write_at
+from fedlink.recycle import Recycler
 
 PART_SUFFIX, LIST_SUFFIX = ".part", ".chunks"
 """Added to a target's name while it is fetched."""
@@ -27,12 +28,17 @@ PART_SUFFIX, LIST_SUFFIX = ".part", ".chunks"
 class PartFile:
     """The files beside a target; a context manager that closes them. One user at a time.
 
+    Args:
+        target: the file they become.
+        ref: what it will hold.
+        recycler: may have a file to write over.
+
     Attributes:
         verified: bytes from 0 on that are there and match the list.
         has_list: whether the list is there.
     """
 
-    def __init__(self, target: Path, ref: BlobRef) -> None:
+    def __init__(self, target: Path, ref: BlobRef, recycler: Recycler | None = None) -> None:
         self.verified = 0
         self._target = target
         self._ref = ref
@@ -40,24 +46,24 @@ class PartFile:
         self._list_path = target.with_name(target.name + LIST_SUFFIX)
         self._list = self._stored_list()
         self.has_list = self._list is not None
-        self._fd = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        if recycler and not self._part.exists():
+            recycler.take(self._part, ref.size)
+        self._fd = open_to_fill(self._part, ref.size)
 
     def resume(self) -> None:
         """Hash what an earlier attempt left and keep what matches; call it first.
 
         Raises:
-            OSError: the file cannot be read or cut.
+            OSError: the file cannot be read.
         """
-        have = min(os.fstat(self._fd).st_size, self._ref.size) if self._list else 0
-        buffer = memoryview(bytearray(min(CHUNK_SIZE, have)))
+        if not self._list:
+            return
+        buffer = memoryview(bytearray(min(CHUNK_SIZE, self._ref.size)))
         for offset, length in chunk_spans(0, self._ref.size):
-            if not self._list or offset + length > have:
-                break
             read_at(self._fd, buffer[:length], offset)
             if first_bad_chunk(buffer[:length], offset, self._list) is not None:
                 break
             self.verified = offset + length
-        os.truncate(self._fd, self.verified)
 
     def take_list(self, chunk_digests: bytes) -> None:
         """Keep the list of chunk digests.

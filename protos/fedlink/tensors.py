@@ -11,7 +11,6 @@ header, then the data without gaps.
 from __future__ import annotations
 
 import enum
-import errno
 import json
 import math
 import os
@@ -24,6 +23,8 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+
+from fedlink.files import open_to_fill
 
 MAX_HEADER_SIZE = 16 << 20
 """Bytes in the largest safetensors header that is read."""
@@ -385,7 +386,7 @@ def raw_bytes(array: npt.NDArray[Any]) -> memoryview:
 
 
 class ShardWriter:
-    """Writes one safetensors file tensor by tensor, in any order, by position.
+    """Writes one safetensors file tensor by tensor, in any order, by position; over the file that is there, if any.
 
     Use as a context manager; leaving it without an error checks that every tensor was
     written. Nothing is synced: the caller decides what must survive a power loss.
@@ -403,9 +404,8 @@ class ShardWriter:
         self.path = Path(path)
         self._at = {s.spec.name: s for s in self.header.tensors}
         self._left = {s.spec.name: s.spec.nbytes for s in self.header.tensors}
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        self._fd = open_to_fill(path, self.header.file_size)
         try:
-            _preallocate(self._fd, self.header.file_size)
             _pwrite_all(self._fd, memoryview(self.head), 0)
         except BaseException:
             os.close(self._fd)
@@ -495,18 +495,6 @@ def apply_metadata(header: Header) -> tuple[list[Stored], dict[str, str]]:
         stored.append(Stored(TensorSpec(spec.name, spec.dtype, spec.shape, role), item.offset))
         check_spec(stored[-1].spec)
     return stored, aliases
-
-
-def _preallocate(fd: int, size: int) -> None:
-    # Writing into blocks that are there is more than twice as fast, and a full disk shows before anything is written.
-    try:
-        os.posix_fallocate(fd, 0, size)
-    except AttributeError:  # macOS
-        os.truncate(fd, size)
-    except OSError as e:
-        if e.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-            raise
-        os.truncate(fd, size)
 
 
 def _pwrite_all(fd: int, view: memoryview, offset: int) -> None:

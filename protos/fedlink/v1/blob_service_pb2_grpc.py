@@ -126,6 +126,9 @@ class BlobServiceServicer(object):
 
         INVALID_ARGUMENT / DIGEST_MISMATCH: chunk_digests does not give digest.
         INVALID_ARGUMENT / TOO_LARGE: over the limit the task or the server sets.
+        What a task has too much of before CompleteTask displaces its oldest
+        uploads, a few times: a site that was killed may train again, and send
+        other bytes.
         INVALID_ARGUMENT / WRONG_RESULT: the task is an evaluation; it has no update.
         NOT_FOUND / TASK_NOT_FOUND, FAILED_PRECONDITION / ROUND_CLOSED: as for
         CompleteTask; said here, before any byte moves.

@@ -69,6 +69,9 @@ class BlobServiceStub:
 
     INVALID_ARGUMENT / DIGEST_MISMATCH: chunk_digests does not give digest.
     INVALID_ARGUMENT / TOO_LARGE: over the limit the task or the server sets.
+    What a task has too much of before CompleteTask displaces its oldest
+    uploads, a few times: a site that was killed may train again, and send
+    other bytes.
     INVALID_ARGUMENT / WRONG_RESULT: the task is an evaluation; it has no update.
     NOT_FOUND / TASK_NOT_FOUND, FAILED_PRECONDITION / ROUND_CLOSED: as for
     CompleteTask; said here, before any byte moves.
@@ -153,6 +156,9 @@ class BlobServiceAsyncStub(BlobServiceStub):
 
     INVALID_ARGUMENT / DIGEST_MISMATCH: chunk_digests does not give digest.
     INVALID_ARGUMENT / TOO_LARGE: over the limit the task or the server sets.
+    What a task has too much of before CompleteTask displaces its oldest
+    uploads, a few times: a site that was killed may train again, and send
+    other bytes.
     INVALID_ARGUMENT / WRONG_RESULT: the task is an evaluation; it has no update.
     NOT_FOUND / TASK_NOT_FOUND, FAILED_PRECONDITION / ROUND_CLOSED: as for
     CompleteTask; said here, before any byte moves.
@@ -252,6 +258,9 @@ class BlobServiceServicer(metaclass=_abc_1.ABCMeta):
 
         INVALID_ARGUMENT / DIGEST_MISMATCH: chunk_digests does not give digest.
         INVALID_ARGUMENT / TOO_LARGE: over the limit the task or the server sets.
+        What a task has too much of before CompleteTask displaces its oldest
+        uploads, a few times: a site that was killed may train again, and send
+        other bytes.
         INVALID_ARGUMENT / WRONG_RESULT: the task is an evaluation; it has no update.
         NOT_FOUND / TASK_NOT_FOUND, FAILED_PRECONDITION / ROUND_CLOSED: as for
         CompleteTask; said here, before any byte moves.
