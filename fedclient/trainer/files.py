@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from fedclient.trainer.state import ModelMismatchError, Start, State
+from fedclient.trainer.state import Fill, ModelMismatchError, Start, State
 from fedclient.trainer.wire import MODEL_FILE, UPDATE_STEM, Write
 from fedlink.tensors import (
     DTYPES,
@@ -19,7 +19,6 @@ from fedlink.tensors import (
     ShardWriter,
     Stored,
     TensorSpec,
-    read_array,
     read_header,
     read_into,
     roles_metadata,
@@ -129,7 +128,7 @@ class Loader:
         with shard.path.open("rb") as f:
             for stored in shard.tensors:
                 alive()
-                self._state.assign(stored.spec, names_of[stored.spec.name], read_array(f.fileno(), stored))
+                self._state.assign(stored.spec, names_of[stored.spec.name], _filler(f.fileno(), stored))
         marks = self._state.marks(shard.names)
         if marks is not None:
             self._shards[shard.path.name] = identity, marks
@@ -214,12 +213,24 @@ def _aligned(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
 def _reader(fd: int, stored: Stored) -> Start:
     raw = np.dtype(DTYPES[stored.spec.dtype].raw)
 
+    buffer = np.empty(0, raw)
+
     def start(first: int, count: int) -> npt.NDArray[Any]:
-        out = np.empty(count, raw)
+        nonlocal buffer
+        if len(buffer) < count:
+            buffer = np.empty(count, raw)
+        out = buffer[:count]
         read_into(fd, out.view(np.uint8).data, stored.offset + first * raw.itemsize)
         return out
 
     return start
+
+
+def _filler(fd: int, stored: Stored) -> Fill:
+    def fill(view: memoryview, at: int) -> None:
+        read_into(fd, view, stored.offset + at)
+
+    return fill
 
 
 def _no_start(first: int, count: int) -> npt.NDArray[Any]:

@@ -22,11 +22,13 @@ from fedlink.tensors import (
     windows,
 )
 
-WINDOW = 1 << 20
-"""Elements that are converted at a time."""
+WINDOW = 1 << 16
+"""Elements that are converted at a time: all buffers of a window stay in the processor's cache."""
 
 Start = Callable[[int, int], npt.NDArray[Any]]
-"""Reads elements `(first, count)` of a tensor's value before training, in its raw dtype."""
+"""Reads elements `(first, count)` of a tensor's value before training, in its raw dtype; good until the next call."""
+Fill = Callable[[memoryview, int], None]
+"""Fills a buffer with the bytes of a tensor from an offset on."""
 
 
 class ModelMismatchError(ValueError):
@@ -51,8 +53,8 @@ class State(Protocol):
         """Undo what an earlier job may have left behind besides values, and make ready for the next."""
         ...
 
-    def assign(self, spec: TensorSpec, names: Sequence[str], raw: npt.NDArray[Any]) -> None:
-        """Give a tensor its value from raw elements, and tie `names` (the first is the tensor's own)."""
+    def assign(self, spec: TensorSpec, names: Sequence[str], fill: Fill) -> None:
+        """Give a tensor its value, and tie `names` (the first is the tensor's own)."""
         ...
 
     def marks(self, names: Sequence[str]) -> object:
@@ -62,7 +64,7 @@ class State(Protocol):
     def encoded(
         self, spec: TensorSpec, write: Write, dtype: str, start: Start, gradient: Mapping[str, Any] | None
     ) -> Iterator[memoryview]:
-        """The bytes of a tensor as it travels, window by window.
+        """The bytes of a tensor as it travels, window by window; each is good until the next one is asked for.
 
         Args:
             spec: the tensor in the model.
@@ -136,6 +138,13 @@ def to_bfloat16(values: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:
     return np.where(np.isnan(values), (bits >> 16) | 0x40, rounded).astype(np.uint16)
 
 
+def _usable(array: object, spec: TensorSpec) -> bool:
+    """Whether an array can take a tensor's bytes as they are."""
+    if type(array) is not np.ndarray or array.shape != spec.shape or array.dtype != arithmetic_dtype(spec.dtype):
+        return False
+    return array.flags.owndata and array.flags.c_contiguous and array.flags.writeable
+
+
 class NumpyState:
     """A dict of numpy arrays; a name whose array is replaced in training is taken as it is afterwards.
 
@@ -161,12 +170,17 @@ class NumpyState:
         return specs, aliases
 
     def begin(self, *, training: bool, device: str, frozen: Collection[str]) -> None:  # noqa: ARG002 - torch's alone
-        """Nothing to undo: `assign` replaces every array."""
+        """Nothing to undo: `assign` gives every array its value."""
         self._frozen = frozen
 
-    def assign(self, spec: TensorSpec, names: Sequence[str], raw: npt.NDArray[Any]) -> None:
-        """See `State`."""
-        array = raw.view(arithmetic_dtype(spec.dtype)).reshape(spec.shape)
+    def assign(self, spec: TensorSpec, names: Sequence[str], fill: Fill) -> None:
+        """See `State`. The array that is there is used again, unless somebody besides the model holds it."""
+        array = self._arrays.get(names[0])
+        alone = all(array is self._arrays.get(name) for name in names)
+        # The model's own references, this variable, and the call's argument; a slice of it would be one more.
+        if not alone or sys.getrefcount(array) > len(names) + 2 or not _usable(array, spec):
+            array = np.empty(spec.shape, arithmetic_dtype(spec.dtype))
+        fill(array.reshape(-1).view(np.uint8).data, 0)
         for name in names:
             self._arrays[name] = array
 
@@ -182,16 +196,21 @@ class NumpyState:
         if not spec.is_delta or write is Write.WEIGHTS:
             yield raw_bytes(value)
             return
-        wide = np.float64 if spec.dtype == "F64" else np.float32
+        wide = np.dtype(np.float64 if spec.dtype == "F64" else np.float32)
         if write is Write.GRADIENT:
             found = None if gradient is None else gradient.get(spec.name)
-            value = np.broadcast_to(wide(0), spec.shape) if found is None else np.asarray(found, wide)
+            value = np.broadcast_to(wide.type(0), spec.shape) if found is None else np.asarray(found, wide)
             check_gradient(spec, value.shape)
         flat, own = value.reshape(-1), arithmetic_dtype(spec.dtype)
+        buffer = np.empty(min(WINDOW, spec.elements), wide)
         for first, count in windows(spec.elements, WINDOW):
-            part = flat[first : first + count].astype(wide)
+            part, after = buffer[:count], flat[first : first + count]
             if write is Write.DELTA:
-                part = np.subtract(part, start(first, count).view(own).astype(wide))
+                # Both sides in the wide dtype: in a narrow one the difference would be rounded before it is one.
+                before = start(first, count).view(own).astype(wide, copy=False)
+                np.subtract(after.astype(wide, copy=False), before, out=part)
+            else:
+                np.copyto(part, after, casting="unsafe")
             yield raw_bytes(to_bfloat16(part) if dtype == "BF16" else part.astype(arithmetic_dtype(dtype), copy=False))
 
     def evaluating(self) -> AbstractContextManager[object]:

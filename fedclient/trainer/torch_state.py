@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from fedclient.trainer.nested import CannotHoldError, Leaf, Source
-from fedclient.trainer.state import WINDOW, ModelMismatchError, Start, check_gradient
+from fedclient.trainer.state import WINDOW, Fill, ModelMismatchError, Start, check_gradient
 from fedclient.trainer.wire import Write
 from fedlink.tensors import DTYPES, Role, TensorSpec, windows
 
@@ -83,14 +83,14 @@ class TorchState:
             if name in buffers:
                 buffers[name].copy_(value)
 
-    def assign(self, spec: TensorSpec, names: Sequence[str], raw: npt.NDArray[Any]) -> None:
+    def assign(self, spec: TensorSpec, names: Sequence[str], fill: Fill) -> None:
         """See `State`."""
         tensors = self._tensors()
         target = tensors[spec.name]
         if any(_identity(tensors[name]) != _identity(target) for name in names):
             raise ModelMismatchError(f"the run ties {', '.join(names)}; the model that build_model returned does not")
         with torch.no_grad():
-            target.copy_(_decode(raw, spec.dtype).reshape(spec.shape))
+            _fill(target, spec, fill)
 
     def marks(self, names: Sequence[str]) -> object:
         """See `State`: where the bytes lie, and torch's count of writes in place."""
@@ -110,12 +110,13 @@ class TorchState:
             check_gradient(spec, tensor.shape)
         wide = torch.float64 if spec.dtype == "F64" else torch.float32
         flat = tensor.detach().reshape(-1)
+        buffer = torch.empty(min(WINDOW, spec.elements), dtype=wide)
         for first, count in windows(spec.elements, WINDOW):
             part = flat[first : first + count].to("cpu")
             if changes:
                 part = part.to(wide)
                 if write is Write.DELTA:
-                    part = part - _decode(start(first, count), spec.dtype).to(wide)
+                    part = torch.sub(part, _decode(start(first, count), spec.dtype).to(wide), out=buffer[:count])
                 part = part.to(TORCH_DTYPES[dtype])
             yield _encode(part)
 
@@ -195,6 +196,26 @@ def _identity(tensor: torch.Tensor) -> object:
     if tensor.numel() == 0:
         return id(tensor)
     return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+def _fill(target: torch.Tensor, spec: TensorSpec, fill: Fill) -> None:
+    """Give a tensor its bytes, without a second copy of it where it lies in memory as it lies in the file."""
+    if not target.numel():
+        return
+    own = target.detach().reshape(-1)
+    if target.device.type == "cpu" and target.is_contiguous() and own.stride(0) == 1:
+        fill(_encode(own), 0)
+        return
+    dtype, at = TORCH_DTYPES[spec.dtype], 0
+    flat = target.reshape(-1) if target.is_contiguous() else torch.empty(spec.elements, dtype=dtype)
+    window = np.empty(WINDOW * dtype.itemsize, np.uint8)
+    for first, count in windows(spec.elements, WINDOW):
+        part = window[: count * dtype.itemsize]
+        fill(part.data, at)
+        at += len(part)
+        flat[first : first + count].copy_(_decode(part, spec.dtype))
+    if not target.is_contiguous():
+        target.copy_(flat.reshape(spec.shape))
 
 
 def _decode(raw: npt.NDArray[Any], dtype: str) -> torch.Tensor:

@@ -14,6 +14,16 @@ from fedclient.trainer.wire import Progress
 from fedclient.trainer.worker import seed_everything
 from fedlink.tensors import raw_bytes
 
+
+def _filler(array: Any) -> Callable[[memoryview, int], None]:
+    data = bytes(raw_bytes(array))
+
+    def fill(view: memoryview, at: int) -> None:
+        view[:] = data[at : at + len(view)]
+
+    return fill
+
+
 ALWAYS = 1e-9
 """Seconds between checkpoints: one before every step but the first."""
 
@@ -62,7 +72,7 @@ class Run:
             for spec in specs:
                 names = [spec.name, *(alias for alias, name in aliases.items() if name == spec.name)]
                 array = self.model[spec.name]
-                self.state.assign(spec, names, array.copy().view(f"u{array.itemsize}"))
+                self.state.assign(spec, names, _filler(array))
         if every:
             checkpoints = Checkpoints(
                 directory, owner=owner, every=every, state=self.state, device="cpu", say=self.ctx.note

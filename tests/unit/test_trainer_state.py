@@ -133,9 +133,9 @@ class Counting(TorchState):
         super().__init__(model)
         self.loaded: list[str] = []
 
-    def assign(self, spec, names, raw) -> None:
+    def assign(self, spec, names, fill) -> None:
         self.loaded.append(spec.name)
-        super().assign(spec, names, raw)
+        super().assign(spec, names, fill)
 
 
 def test_what_is_there_is_not_loaded_again(tmp_path):
@@ -280,3 +280,55 @@ def test_gradient_of_another_shape(tmp_path):
     model = directory_of(torch_state, tmp_path / "n")
     with pytest.raises(ModelMismatchError, match="gradient"):
         update(torch_state, model, tmp_path / "v", Write.GRADIENT, gradient={"bias": torch.zeros(3)})
+
+
+def numbers(tmp_path, value: float) -> ModelDirectory:
+    """A model of one array, `w`, of this value."""
+    path = tmp_path / str(value)
+    path.mkdir()
+    spec = TensorSpec("w", "F32", (3, 2))
+    with ShardWriter(path / "model.safetensors", [spec]) as writer:
+        writer.write("w", np.full((3, 2), value, np.float32).tobytes())
+    table = {"files": ["model.safetensors"], "roles": {"w": "parameter"}, "aliases": {}}
+    (path / "model.json").write_text(json.dumps(table))
+    return ModelDirectory.read(path)
+
+
+@pytest.mark.parametrize("held", ["nothing", "itself", "a slice", "another name", "a read-only array", "another order"])
+def test_an_array_is_loaded_in_place_only_if_nobody_else_holds_it(tmp_path, held):
+    arrays = {"w": np.zeros((3, 2), np.float32)}
+    state = NumpyState(arrays)
+    loader = Loader(state)
+    loader.load(numbers(tmp_path, 1), "", alive)
+    if held == "a read-only array":
+        arrays["w"].flags.writeable = False
+    elif held == "another order":
+        arrays["w"] = np.asfortranarray(arrays["w"])
+    kept = {"itself": arrays["w"], "a slice": arrays["w"][1:], "another name": arrays["w"]}.get(held)
+    if held == "another name":
+        arrays["also"] = kept
+        kept = arrays["also"]
+    address = arrays["w"].ctypes.data
+    loader.load(numbers(tmp_path, 2), "", alive)
+    np.testing.assert_array_equal(arrays["w"], np.full((3, 2), 2, np.float32))
+    assert (arrays["w"].ctypes.data == address) == (held == "nothing")
+    if kept is not None:
+        np.testing.assert_array_equal(kept, np.ones(kept.shape, np.float32))
+
+
+@pytest.mark.parametrize("layout", ["plain", "transposed", "expanded"])
+def test_torch_takes_its_values_whatever_its_layout(tmp_path, layout):
+    net = torch.nn.Module()
+    start = {"plain": torch.zeros(3, 2), "transposed": torch.zeros(2, 3).T, "expanded": torch.zeros(1).expand(1)}[
+        layout
+    ]
+    net.w = torch.nn.Parameter(start)
+    address = net.w.data_ptr()
+    values = np.arange(start.numel(), dtype=np.float32).reshape(start.shape)
+
+    def fill(view: memoryview, at: int) -> None:
+        view[:] = values.tobytes()[at : at + len(view)]
+
+    TorchState(net).assign(TensorSpec("w", "F32", tuple(start.shape)), ["w"], fill)
+    assert net.w.data_ptr() == address
+    np.testing.assert_array_equal(net.w.detach().numpy(), values)
