@@ -138,6 +138,9 @@ def to_bfloat16(values: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:
     return np.where(np.isnan(values), (bits >> 16) | 0x40, rounded).astype(np.uint16)
 
 
+_NO_ARRAY: npt.NDArray[Any] = np.empty(0, np.void)
+
+
 def _usable(array: object, spec: TensorSpec) -> bool:
     """Whether an array can take a tensor's bytes as they are."""
     if type(array) is not np.ndarray or array.shape != spec.shape or array.dtype != arithmetic_dtype(spec.dtype):
@@ -175,7 +178,7 @@ class NumpyState:
 
     def assign(self, spec: TensorSpec, names: Sequence[str], fill: Fill) -> None:
         """See `State`. The array that is there is used again, unless somebody besides the model holds it."""
-        array = self._arrays.get(names[0])
+        array: npt.NDArray[Any] = self._arrays.get(names[0], _NO_ARRAY)
         alone = all(array is self._arrays.get(name) for name in names)
         # The model's own references, this variable, and the call's argument; a slice of it would be one more.
         if not alone or sys.getrefcount(array) > len(names) + 2 or not _usable(array, spec):
