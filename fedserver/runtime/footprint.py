@@ -43,11 +43,34 @@ def footprint(model: Manifest, spec: RunSpec, sites: int) -> Footprint:
         spec: its run file.
         sites: that could take part.
     """
-    cohort = max(spec.cohort.min_clients, cohort_size(sites, spec.cohort))
     rounds = spec.rounds if spec.retention.keep_updates else 1
     # Besides the newest ones: the best one, and the one in the making.
     versions = min(spec.rounds, spec.retention.keep_versions + 2)
-    return Footprint(cohort * rounds, max_update_bytes(model, spec), versions, next_version_bytes(model))
+    return Footprint(
+        cohort_of(sites, spec) * rounds, max_update_bytes(model, spec), versions, next_version_bytes(model)
+    )
+
+
+def cohort_of(sites: int, spec: RunSpec) -> int:
+    """How many of so many sites train in a round: never less than must be there for one to begin."""
+    return max(spec.cohort.min_clients, cohort_size(sites, spec.cohort))
+
+
+def shortage(takes: Footprint, *, room: int, reserve: int) -> str:
+    """Why the disk cannot hold a run, and what helps; empty if it can.
+
+    Args:
+        takes: what the run takes.
+        room: bytes that may be taken now.
+        reserve: bytes that stay free besides.
+    """
+    if takes.total <= room:
+        return ""
+    return (
+        f"the server's disk cannot hold it: it takes up to {takes}, and {size(room)} are free besides "
+        f"disk_reserve ({size(reserve)}); make room for {size(takes.total - room)} more, or take "
+        "fewer sites ([cohort]) or keep less ([retention])"
+    )
 
 
 def max_update_bytes(model: Manifest, spec: RunSpec) -> int:
