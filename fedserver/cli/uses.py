@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import typer
+from google.protobuf.message import Message
 
 from fedlink.v1 import admin_service_pb2 as pb
 from fedserver.cli.output import print_list
@@ -12,24 +15,25 @@ from fedserver.rounds.wording import size
 def print_uses(run: pb.Run) -> None:
     """Print a line for each of the newest rounds; nothing before the first is committed.
 
-    What is moved was predicted for one site, and is compared for as many as took part; what is taken was predicted for
-    the sites known when the run was created.
+    A prediction is for as many sites as took part in the round; there is none for runs of older releases.
     """
     if not run.used:
         return
-    p = run.prediction if run.HasField("prediction") else None
-    disk, memory = (size(p.server_disk), size(p.server_memory)) if p else ("", "")
+
+    def predicted(field: str) -> Callable[[Message], str]:
+        return lambda u: size(getattr(u, field)) if u.HasField(field) else ""
+
     columns = [
         ("round", lambda u: str(u.round)),
         ("sites", lambda u: str(u.clients)),
         ("down", lambda u: size(u.bytes_down)),
-        ("predicted", lambda u: size(u.predicted_bytes_down) if p else ""),
+        ("predicted", predicted("predicted_bytes_down")),
         ("up", lambda u: size(u.bytes_up)),
-        ("predicted", lambda u: size(u.predicted_bytes_up) if p else ""),
+        ("predicted", predicted("predicted_bytes_up")),
         ("server disk", lambda u: size(u.server_disk)),
-        ("at most", lambda _: disk),
+        ("predicted", predicted("predicted_server_disk")),
         ("server memory", lambda u: size(u.server_memory)),
-        ("about", lambda _: memory),
+        ("predicted", predicted("predicted_server_memory")),
     ]
     typer.echo("")
     print_list(run.used, columns, as_json=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedlink.manifest import Manifest
-from fedlink.run_file import WIRE_DTYPES, RunSpec
+from fedlink.run_file import WIRE_DTYPES, Retention, RunSpec
 from fedlink.tensors import DTYPES, Role, update_spec
 from fedserver.rounds.selection import cohort_size
 from fedserver.rounds.wording import size
@@ -44,8 +44,7 @@ def footprint(model: Manifest, spec: RunSpec, sites: int) -> Footprint:
         sites: that could take part.
     """
     rounds = spec.rounds if spec.retention.keep_updates else 1
-    # Besides the newest ones: the best one, and the one in the making.
-    versions = min(spec.rounds, spec.retention.keep_versions + 2)
+    versions = versions_at(spec.rounds, spec.retention)
     return Footprint(
         cohort_of(sites, spec) * rounds, max_update_bytes(model, spec), versions, next_version_bytes(model)
     )
@@ -54,6 +53,12 @@ def footprint(model: Manifest, spec: RunSpec, sites: int) -> Footprint:
 def cohort_of(sites: int, spec: RunSpec) -> int:
     """How many of so many sites train in a round: never less than must be there for one to begin."""
     return max(spec.cohort.min_clients, cohort_size(sites, spec.cohort))
+
+
+def versions_at(round_: int, kept: Retention) -> int:
+    """How many versions that a run has made are there at most when a round is committed."""
+    # Besides the newest ones: the best one, and the one that was in the making.
+    return min(round_, kept.keep_versions + 2)
 
 
 def shortage(takes: Footprint, *, room: int, reserve: int) -> str:

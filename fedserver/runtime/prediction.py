@@ -11,9 +11,9 @@ from typing import Self
 
 from fedlink.blobs import DIGEST_SIZE, BlobRef
 from fedlink.manifest import FileEntry, Manifest, manifest_of_files
-from fedlink.run_file import WIRE_DTYPES, RunSpec
+from fedlink.run_file import WIRE_DTYPES, Retention, RunSpec
 from fedlink.tensors import Role, TensorSpec, build_header, shard_name, update_spec
-from fedserver.runtime.footprint import Footprint, cohort_of
+from fedserver.runtime.footprint import Footprint, cohort_of, versions_at
 
 # Memory, as docs/benchmark.md has it measured; all of it is resident memory at its peak.
 SERVER_BASE = 110_000_000
@@ -37,7 +37,7 @@ class Prediction:
     """What a run will move and take; bytes, and for bytes moved those of one site in one round."""
 
     clients: int
-    """Sites that could take part."""
+    """Sites that could take part; 0 if none was known."""
     cohort: int
     """Sites that train in each round."""
     fetching: int
@@ -48,10 +48,14 @@ class Prediction:
     """In each later round: the files that training changed, and the manifest."""
     bytes_up: int
     """An update, and its manifest."""
+    version: int
+    """What a new version adds to the server's disk."""
     server_disk: int
     """The most that the run's updates and versions take at once, without the starting model."""
     server_memory: int
     """About the peak of the server's process."""
+    bulk_streams: int
+    """The server's setting, which bounds that."""
     site_disk: int
     """The most at a site: the model, and then two checkpoints, or one and the update. An optimizer's state is extra."""
     checkpoint: int
@@ -78,6 +82,15 @@ class Prediction:
     def up(self, sites: int) -> int:
         """Bytes that so many sites send in a round."""
         return sites * self.bytes_up
+
+    def disk(self, round_: int, sites: int, kept: Retention) -> int:
+        """About the most that the run takes of the server's disk, when a round of so many sites is committed."""
+        updates = sites * (round_ if kept.keep_updates else 1)
+        return updates * self.bytes_up + versions_at(round_, kept) * self.version
+
+    def memory(self, sites: int) -> int:
+        """About the peak of the server's process, if so many sites fetch a version."""
+        return _server_memory(sites, self.bulk_streams)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +120,6 @@ def predict(model: Manifest, spec: RunSpec, sites: int, takes: Footprint, *, bul
     changing = {f.blob.digest for i, f in enumerate(model.files) if _changing(model, i)}
     down = manifest + sum(sizes.values())
     up, checkpoint = update_bytes(model, spec), _checkpoint(model, spec)
-    streams = min(fetching, bulk_streams)
     return Prediction(
         clients=sites,
         cohort=cohort,
@@ -115,8 +127,10 @@ def predict(model: Manifest, spec: RunSpec, sites: int, takes: Footprint, *, bul
         bytes_down_first=down,
         bytes_down_later=manifest + sum(sizes[digest] for digest in changing),
         bytes_up=up,
+        version=takes.version,
         server_disk=takes.total,
-        server_memory=SERVER_BASE + SERVER_FOLD + streams * SERVER_STREAM + fetching * SERVER_SITE,
+        server_memory=_server_memory(fetching, bulk_streams),
+        bulk_streams=bulk_streams,
         site_disk=down + checkpoint + max(checkpoint, up),
         checkpoint=checkpoint,
         daemon_memory=DAEMON,
@@ -163,6 +177,11 @@ def update_bytes(model: Manifest, spec: RunSpec) -> int:
     roles = {s.name: s.role for specs in shards for s in specs}
     manifest = manifest_of_files(spec.update_kind, files, roles)
     return manifest.total_size + len(manifest.serialize())
+
+
+def _server_memory(sites: int, bulk_streams: int) -> int:
+    # A site moves one blob at a time. More sites than streams share the streams' memory, or wait their turn.
+    return SERVER_BASE + SERVER_FOLD + min(sites, bulk_streams) * SERVER_STREAM + sites * SERVER_SITE
 
 
 def _changing(model: Manifest, file: int) -> list[TensorSpec]:

@@ -78,6 +78,8 @@ def use_messages(run: RunRow, rounds: Sequence[RoundRow]) -> list[pb.RoundUse]:
             if predicted is not None:
                 use.predicted_bytes_down = predicted.down(row.number, use.fetching)
                 use.predicted_bytes_up = predicted.up(use.clients)
+                use.predicted_server_disk = predicted.disk(row.number, use.clients, run.parsed.retention)
+                use.predicted_server_memory = predicted.memory(use.fetching)
     return messages
 
 

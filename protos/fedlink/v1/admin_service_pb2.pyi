@@ -161,8 +161,10 @@ class Prediction(_message.Message):
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     DAEMON_MEMORY_FIELD_NUMBER: _builtins.int
     TRAINER_MEMORY_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    BULK_STREAMS_FIELD_NUMBER: _builtins.int
     clients: _builtins.int
-    """Sites that could take part."""
+    """Sites that could take part; 0 if none was known."""
     cohort: _builtins.int
     """Sites that train in each round."""
     fetching: _builtins.int
@@ -191,6 +193,10 @@ class Prediction(_message.Message):
     """Of a site's trainer: the model, and its largest tensor once more. The
     framework, gradients, optimizer and activations are not in it.
     """
+    version: _builtins.int
+    """What a new version adds to the server's disk."""
+    bulk_streams: _builtins.int
+    """The server's setting, which bounds its memory."""
     def __init__(
         self,
         *,
@@ -206,10 +212,12 @@ class Prediction(_message.Message):
         checkpoint: _builtins.int = ...,
         daemon_memory: _builtins.int = ...,
         trainer_memory: _builtins.int = ...,
+        version: _builtins.int = ...,
+        bulk_streams: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_down_first", b"bytes_down_first", "bytes_down_later", b"bytes_down_later", "bytes_up", b"bytes_up", "checkpoint", b"checkpoint", "clients", b"clients", "cohort", b"cohort", "daemon_memory", b"daemon_memory", "fetching", b"fetching", "server_disk", b"server_disk", "server_memory", b"server_memory", "site_disk", b"site_disk", "trainer_memory", b"trainer_memory"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bulk_streams", b"bulk_streams", "bytes_down_first", b"bytes_down_first", "bytes_down_later", b"bytes_down_later", "bytes_up", b"bytes_up", "checkpoint", b"checkpoint", "clients", b"clients", "cohort", b"cohort", "daemon_memory", b"daemon_memory", "fetching", b"fetching", "server_disk", b"server_disk", "server_memory", b"server_memory", "site_disk", b"site_disk", "trainer_memory", b"trainer_memory", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -232,6 +240,8 @@ class RoundUse(_message.Message):
     SERVER_MEMORY_FIELD_NUMBER: _builtins.int
     PREDICTED_BYTES_DOWN_FIELD_NUMBER: _builtins.int
     PREDICTED_BYTES_UP_FIELD_NUMBER: _builtins.int
+    PREDICTED_SERVER_DISK_FIELD_NUMBER: _builtins.int
+    PREDICTED_SERVER_MEMORY_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     """Number of the round."""
     clients: _builtins.int
@@ -251,9 +261,13 @@ class RoundUse(_message.Message):
     commit.
     """
     predicted_bytes_down: _builtins.int
-    """What was predicted for bytes_down. Like the next one not set if nothing was."""
+    """What was predicted for bytes_down. Like the next three not set if nothing was."""
     predicted_bytes_up: _builtins.int
     """What was predicted for bytes_up."""
+    predicted_server_disk: _builtins.int
+    """What was predicted for server_disk."""
+    predicted_server_memory: _builtins.int
+    """What was predicted for server_memory."""
     def __init__(
         self,
         *,
@@ -266,19 +280,29 @@ class RoundUse(_message.Message):
         server_memory: _builtins.int = ...,
         predicted_bytes_down: _builtins.int | None = ...,
         predicted_bytes_up: _builtins.int | None = ...,
+        predicted_server_disk: _builtins.int | None = ...,
+        predicted_server_memory: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_predicted_bytes_down", b"_predicted_bytes_down", "_predicted_bytes_up", b"_predicted_bytes_up", "predicted_bytes_down", b"predicted_bytes_down", "predicted_bytes_up", b"predicted_bytes_up"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_predicted_bytes_down", b"_predicted_bytes_down", "_predicted_bytes_up", b"_predicted_bytes_up", "_predicted_server_disk", b"_predicted_server_disk", "_predicted_server_memory", b"_predicted_server_memory", "predicted_bytes_down", b"predicted_bytes_down", "predicted_bytes_up", b"predicted_bytes_up", "predicted_server_disk", b"predicted_server_disk", "predicted_server_memory", b"predicted_server_memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_predicted_bytes_down", b"_predicted_bytes_down", "_predicted_bytes_up", b"_predicted_bytes_up", "bytes_down", b"bytes_down", "bytes_up", b"bytes_up", "clients", b"clients", "fetching", b"fetching", "predicted_bytes_down", b"predicted_bytes_down", "predicted_bytes_up", b"predicted_bytes_up", "round", b"round", "server_disk", b"server_disk", "server_memory", b"server_memory"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_predicted_bytes_down", b"_predicted_bytes_down", "_predicted_bytes_up", b"_predicted_bytes_up", "_predicted_server_disk", b"_predicted_server_disk", "_predicted_server_memory", b"_predicted_server_memory", "bytes_down", b"bytes_down", "bytes_up", b"bytes_up", "clients", b"clients", "fetching", b"fetching", "predicted_bytes_down", b"predicted_bytes_down", "predicted_bytes_up", b"predicted_bytes_up", "predicted_server_disk", b"predicted_server_disk", "predicted_server_memory", b"predicted_server_memory", "round", b"round", "server_disk", b"server_disk", "server_memory", b"server_memory"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__predicted_bytes_down: _TypeAlias = _typing.Literal["predicted_bytes_down"]  # noqa: Y015
     _WhichOneofArgType__predicted_bytes_down: _TypeAlias = _typing.Literal["_predicted_bytes_down", b"_predicted_bytes_down"]  # noqa: Y015
     _WhichOneofReturnType__predicted_bytes_up: _TypeAlias = _typing.Literal["predicted_bytes_up"]  # noqa: Y015
     _WhichOneofArgType__predicted_bytes_up: _TypeAlias = _typing.Literal["_predicted_bytes_up", b"_predicted_bytes_up"]  # noqa: Y015
+    _WhichOneofReturnType__predicted_server_disk: _TypeAlias = _typing.Literal["predicted_server_disk"]  # noqa: Y015
+    _WhichOneofArgType__predicted_server_disk: _TypeAlias = _typing.Literal["_predicted_server_disk", b"_predicted_server_disk"]  # noqa: Y015
+    _WhichOneofReturnType__predicted_server_memory: _TypeAlias = _typing.Literal["predicted_server_memory"]  # noqa: Y015
+    _WhichOneofArgType__predicted_server_memory: _TypeAlias = _typing.Literal["_predicted_server_memory", b"_predicted_server_memory"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__predicted_bytes_down) -> _WhichOneofReturnType__predicted_bytes_down | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__predicted_bytes_up) -> _WhichOneofReturnType__predicted_bytes_up | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__predicted_server_disk) -> _WhichOneofReturnType__predicted_server_disk | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__predicted_server_memory) -> _WhichOneofReturnType__predicted_server_memory | None: ...
 
 Global___RoundUse: _TypeAlias = RoundUse  # noqa: Y015
 
