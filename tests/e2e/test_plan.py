@@ -38,7 +38,9 @@ def test_a_run_moves_and_takes_what_was_planned(tmp_path: Path) -> None:
 
         # What does not fit is told in the words of the refusal, after the plan.
         large = federation.call("plan", str(file), "--clients", "1000000", code=1)
-        assert large.stderr.startswith("fedserver: the server's disk cannot hold it: it takes up to 1000000 updates of ")
+        assert large.stderr.startswith(
+            "fedserver: the server's disk cannot hold it: it takes up to 1000000 updates of "
+        )
         said = [line.split("  ")[0] for line in large.stdout.splitlines()]
         assert said[0] == "3 rounds from start"
         assert said[2:] == [
