@@ -63,7 +63,7 @@ class Planner:
         self._check_offers(spec)
         sites = clients or self.known(spec)
         takes = footprint(model, spec, sites)
-        # A model of 65,536 tensors takes a second or so.
+        # A model of 65,536 tensors takes some seconds.
         prediction = await asyncio.to_thread(predict, model, spec, sites, takes, bulk_streams=self._bulk_streams)
         room, reserve = self._disk.room, self._disk.reserve
         return Plan(takes, prediction, room, reserve, shortage(takes, room=room, reserve=reserve))
