@@ -33,6 +33,7 @@ from fedserver.runtime.events import EventFeed
 from fedserver.runtime.imports import expire_imports
 from fedserver.runtime.integrity import Integrity
 from fedserver.runtime.parts import Parts
+from fedserver.runtime.planning import Planner
 from fedserver.runtime.recovery import recover
 from fedserver.runtime.sites import SiteRegistry
 from fedserver.runtime.uploads import TaskBlobAccess
@@ -233,7 +234,8 @@ def _build(settings: ServerSettings, database: Database, storage: Storage) -> tu
     changed = asyncio.Event()
     sites = SiteRegistry(database, lease_term=settings.lease_term, proof=settings.proof, changed=changed.set)
     parts = Parts(database, board, sites, versions, access, EventFeed(database), integrity, disk)
-    return parts, Engine(parts, changed)
+    planner = Planner(sites, disk, bulk_streams=settings.bulk_streams)
+    return parts, Engine(parts, planner, changed)
 
 
 async def _listen(

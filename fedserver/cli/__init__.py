@@ -14,6 +14,7 @@ from fedlink import log as logs
 from fedserver.cli import certificates, clients, models, rounds, runs
 from fedserver.cli.drain import drain
 from fedserver.cli.health import health
+from fedserver.cli.plan import plan
 from fedserver.settings import load_settings
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app.add_typer(certificates.app, name="certificate", help="Make certificates, whe
 app.add_typer(models.app, name="model", help="Import starting weights, export results.")
 app.command()(drain)
 app.command()(health)
+app.command()(plan)
 
 
 def _show_version(wanted: bool) -> None:

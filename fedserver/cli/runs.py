@@ -15,6 +15,7 @@ from fedlink.run_file import RunSpec
 from fedlink.v1 import admin_service_pb2 as pb
 from fedserver.cli import watch as watching
 from fedserver.cli.output import DATA_DIR, DataDir, Json, enum_name, local, print_list, print_one, with_admin
+from fedserver.cli.uses import print_uses
 from fedserver.remote import Admin
 
 app = typer.Typer(no_args_is_help=True)
@@ -38,9 +39,7 @@ def create(
     """Start a run."""
     if model and start:
         raise FedlinkError(Reason.BAD_CONFIG, "--model and --from both name the starting model; give one")
-    table: dict[str, Any] = load_toml(file)
-    table |= {k: v for k, v in (("name", name), ("model", model or start)) if v}
-    spec = RunSpec.checked(table, str(file))
+    spec = read_run_file(file, name=name, model=model or start)
 
     async def work(admin: Admin) -> None:
         run = await admin.create_run(spec.model_dump_json(exclude_unset=True))
@@ -69,8 +68,11 @@ def list_runs(*, as_json: Json = False, data_dir: DataDir = DATA_DIR) -> None:
 
 @app.command()
 def show(run: RunName, *, as_json: Json = False, data_dir: DataDir = DATA_DIR) -> None:
-    """Show a run, and what it waits for."""
-    _print_run(with_admin(data_dir, lambda a: _get(a, run)), as_json=as_json)
+    """Show a run, what it waits for, and what its newest rounds have used beside what was predicted."""
+    found = with_admin(data_dir, lambda a: _get(a, run))
+    _print_run(found, as_json=as_json)
+    if not as_json:
+        print_uses(found)
 
 
 @app.command()
@@ -136,6 +138,16 @@ def extend(
             _print_run(after, as_json=as_json)
 
     with_admin(data_dir, work)
+
+
+def read_run_file(file: Path, **over: str | None) -> RunSpec:
+    """A run file, and what the command line says over its keys.
+
+    Raises:
+        FedlinkError: BAD_CONFIG.
+    """
+    table: dict[str, Any] = load_toml(file)
+    return RunSpec.checked(table | {k: v for k, v in over.items() if v}, str(file))
 
 
 async def _get(admin: Admin, run: str) -> pb.Run:

@@ -47,6 +47,7 @@ from fedserver.runtime import outlook, records
 from fedserver.runtime.aggregation import Aggregation
 from fedserver.runtime.board import OpenTask
 from fedserver.runtime.evaluations import Evaluations
+from fedserver.runtime.memory import peak_memory
 from fedserver.runtime.parts import Parts
 from fedserver.runtime.tidying import Tidying
 from fedserver.runtime.versions import StoredVersion
@@ -436,12 +437,12 @@ class RunDriver:
         self, current: Round, stored: StoredVersion, tasks: Sequence[TaskRow], seconds: float
     ) -> None:
         after, _ = step(current, Aggregated())
-        number, run = current.number, self.row
+        number, run, memory = current.number, self.row, peak_memory()
         evaluators, stale = self._evaluators(), self._evaluations.stale(number)
         issued: list[TaskRow] = []
 
         def work(c: Connection) -> None:
-            records.commit_version(c, run, after, stored, tasks=tasks, seconds=seconds)
+            records.commit_version(c, run, after, stored, tasks=tasks, seconds=seconds, memory=memory)
             issued.extend(records.issue_evaluation(c, run, number, evaluators, [t.row.id for t in stale]))
 
         reach("version.stored")

@@ -16,15 +16,13 @@ from fedlink import log as logs
 from fedlink.config import explain
 from fedlink.errors import FedlinkError, Reason
 from fedlink.failpoints import reach
-from fedlink.manifest import Manifest
 from fedlink.run_file import MAX_JSON_BYTES, MAX_ROUNDS, RunSpec
 from fedserver.rounds.model import TaskState
-from fedserver.rounds.selection import refusal
-from fedserver.rounds.wording import size
 from fedserver.runtime.board import OpenTask
 from fedserver.runtime.driver import RunDriver
-from fedserver.runtime.footprint import footprint
 from fedserver.runtime.parts import Parts
+from fedserver.runtime.planning import Plan, Planner
+from fedserver.runtime.prediction import Prediction
 from fedserver.runtime.tidying import Tidying
 from fedserver.runtime.underway import UnderWay
 from fedserver.runtime.versions import version_owner
@@ -44,6 +42,7 @@ class Engine:
 
     Args:
         parts: the rest of the server.
+        planner: says what a run would take.
         sites_changed: set when a site came, went or changed what it offers; the runs hear of it soon.
 
     Attributes:
@@ -51,8 +50,9 @@ class Engine:
         drained: set when a draining server has nothing more to finish.
     """
 
-    def __init__(self, parts: Parts, sites_changed: asyncio.Event) -> None:
+    def __init__(self, parts: Parts, planner: Planner, sites_changed: asyncio.Event) -> None:
         self._parts = parts
+        self._planner = planner
         self._db = parts.database
         self._drivers: dict[int, RunDriver] = {}
         self._leavings: list[Tidying] = []
@@ -149,43 +149,33 @@ class Engine:
             if again is not None:
                 return again
             spec = _parse_spec(spec_json)
-            self._check_offers(spec)
             # Held, so that a version that is found is not retired before the run refers to it.
             async with self._parts.versions.blobs_lock:
                 _, _, start = await self._parts.versions.find(spec.model)
-                self._check_room(spec, await self._parts.access.model_manifest(start.digest))
-                run = await self._db.run(lambda c: _insert_run(c, spec, request_id, start))
+                plan = await self._planner.plan(spec, await self._parts.access.model_manifest(start.digest))
+                if plan.refusal:
+                    raise FedlinkError(Reason.BAD_RUN, plan.refusal)
+                run = await self._db.run(lambda c: _insert_run(c, spec, request_id, start, plan.prediction))
             reach("run.created")
             self._log.info("created", run=run.name, workload=spec.workload, rounds=spec.rounds, model=spec.model)
             await self._drive(run)
             return await self._db.run(lambda c: q.run_by_id(c, run.id))
 
-    def _check_offers(self, spec: RunSpec) -> None:
-        """Refuse settings that every connected site with the workload refuses; a run may wait for other sites."""
-        ability = "gradient" if spec.strategy == "fedsgd" else "train"
-        sites = self._parts.sites
-        late = {s.name: s.offers for s in sites.absent() if sites.returning(s)}
-        verdicts = {
-            name: refusal(offers, run=spec.name or "", workload=spec.workload, ability=ability, settings=spec.settings)
-            for name, offers in (sites.offers() | late).items()
-            if spec.workload in offers
-        }
-        if verdicts and all(verdicts.values()):
-            whys = "; ".join(f"{name} {why}" for name, why in sorted(verdicts.items()))
-            raise FedlinkError(Reason.BAD_RUN, f"no connected site would take part: {whys}")
+    async def plan(self, spec_json: str, clients: int) -> tuple[str, Plan]:
+        """What a run would take if so many sites could take part; 0 for those that are known.
 
-    def _check_room(self, spec: RunSpec, model: Manifest) -> None:
-        """Refuse a run that the disk cannot hold as things are."""
-        sites, disk = self._parts.sites, self._parts.disk
-        known = [*sites.offers().values(), *(s.offers for s in sites.absent())]
-        needed = footprint(model, spec, sum(spec.workload in offers for offers in known))
-        if needed.total > disk.room:
-            text = (
-                f"the server's disk cannot hold it: it takes up to {needed}, and {size(disk.room)} are free besides "
-                f"disk_reserve ({size(disk.reserve)}); make room for {size(needed.total - disk.room)} more, or take "
-                "fewer sites ([cohort]) or keep less ([retention])"
-            )
-            raise FedlinkError(Reason.BAD_RUN, text)
+        Returns:
+            The full name of the model that it would start from, and the plan.
+
+        Raises:
+            FedlinkError: BAD_RUN, MODEL_NOT_FOUND, BLOB_CORRUPT.
+        """
+        spec = _parse_spec(spec_json)
+        name, ref, _ = await self._parts.versions.find(spec.model)
+        if not clients and not self._planner.known(spec):
+            text = f"no site is known that offers workload {spec.workload!r}"
+            raise FedlinkError(Reason.BAD_RUN, f"{text}; say with --clients how many there will be")
+        return name, await self._planner.plan(spec, await self._parts.access.model_manifest(ref.digest), clients)
 
     async def _drive(self, run: RunRow, *, extended: bool = False) -> None:
         driver = RunDriver(run, self._parts, self._forget)
@@ -311,7 +301,9 @@ def _parse_spec(spec_json: str) -> RunSpec:
     return spec
 
 
-def _insert_run(c: Connection, spec: RunSpec, request_id: bytes, start: ModelRow | VersionRow) -> RunRow:
+def _insert_run(
+    c: Connection, spec: RunSpec, request_id: bytes, start: ModelRow | VersionRow, prediction: Prediction
+) -> RunRow:
     assert spec.name is not None
     if q.run_by_name(c, spec.name) or model_queries.model(c, spec.name):
         raise FedlinkError(
@@ -326,6 +318,7 @@ def _insert_run(c: Connection, spec: RunSpec, request_id: bytes, start: ModelRow
         state="active",
         rounds=spec.rounds,
         version=0,
+        prediction=prediction.serialize(),
         created=now,
     )
     q.insert_version(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedlink.manifest import Manifest
-from fedlink.run_file import WIRE_DTYPES, RunSpec
+from fedlink.run_file import WIRE_DTYPES, Retention, RunSpec
 from fedlink.tensors import DTYPES, Role, update_spec
 from fedserver.rounds.selection import cohort_size
 from fedserver.rounds.wording import size
@@ -43,11 +43,39 @@ def footprint(model: Manifest, spec: RunSpec, sites: int) -> Footprint:
         spec: its run file.
         sites: that could take part.
     """
-    cohort = max(spec.cohort.min_clients, cohort_size(sites, spec.cohort))
     rounds = spec.rounds if spec.retention.keep_updates else 1
-    # Besides the newest ones: the best one, and the one in the making.
-    versions = min(spec.rounds, spec.retention.keep_versions + 2)
-    return Footprint(cohort * rounds, max_update_bytes(model, spec), versions, next_version_bytes(model))
+    versions = versions_at(spec.rounds, spec.retention)
+    return Footprint(
+        cohort_of(sites, spec) * rounds, max_update_bytes(model, spec), versions, next_version_bytes(model)
+    )
+
+
+def cohort_of(sites: int, spec: RunSpec) -> int:
+    """How many of so many sites train in a round: never less than must be there for one to begin."""
+    return max(spec.cohort.min_clients, cohort_size(sites, spec.cohort))
+
+
+def versions_at(round_: int, kept: Retention) -> int:
+    """How many versions that a run has made are there at most when a round is committed."""
+    # Besides the newest ones: the best one, and the one that was in the making.
+    return min(round_, kept.keep_versions + 2)
+
+
+def shortage(takes: Footprint, *, room: int, reserve: int) -> str:
+    """Why the disk cannot hold a run, and what helps; empty if it can.
+
+    Args:
+        takes: what the run takes.
+        room: bytes that may be taken now.
+        reserve: bytes that stay free besides.
+    """
+    if takes.total <= room:
+        return ""
+    return (
+        f"the server's disk cannot hold it: it takes up to {takes}, and {size(room)} are free besides "
+        f"disk_reserve ({size(reserve)}); make room for {size(takes.total - room)} more, or take "
+        "fewer sites ([cohort]) or keep less ([retention])"
+    )
 
 
 def max_update_bytes(model: Manifest, spec: RunSpec) -> int:

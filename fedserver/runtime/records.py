@@ -109,9 +109,26 @@ def end_task(c: Connection, task: OpenTask, state: TaskState, values: Mapping[st
 
 
 def commit_version(
-    c: Connection, run: RunRow, after: Round, stored: StoredVersion, *, tasks: Sequence[TaskRow], seconds: float
+    c: Connection,
+    run: RunRow,
+    after: Round,
+    stored: StoredVersion,
+    *,
+    tasks: Sequence[TaskRow],
+    seconds: float,
+    memory: int,
 ) -> None:
-    """A round becomes a version."""
+    """A round becomes a version, and what it has used is recorded.
+
+    Args:
+        c: the transaction.
+        run: the run before.
+        after: the round.
+        stored: the version.
+        tasks: those whose updates are in it.
+        seconds: that it took to make.
+        memory: the most bytes that the server's process has had so far.
+    """
     number, now = after.number, time.time()
     q.insert_version(
         c,
@@ -125,19 +142,35 @@ def commit_version(
         created=now,
     )
     model_queries.add_refs(c, version_owner(run.id, number), stored.digests)
-    q.save_round(c, run.id, number, after.attempt, phase=after.phase, closed=now)
+    used = _used(c, run, stored, tasks, memory)
+    q.save_round(c, run.id, number, after.attempt, phase=after.phase, closed=now, used=json.dumps(used))
     q.save_run(c, run.id, version=number)
     opened = q.round_attempt(c, run.id, number, after.attempt)
     data = {
         "round": number,
         "version": number,
         "clients": {t.client: t.num_examples for t in tasks},
-        "bytes_up": sum(t.bytes_up for t in tasks),
-        "bytes_down": bytes_down(c, run.id, tasks, run.version),
+        "bytes_up": used["bytes_up"],
+        "bytes_down": used["bytes_down"],
         "aggregate_seconds": round(seconds, 4),
         "seconds": round(now - opened.opened, 4) if opened else 0.0,
     }
     q.add_event(c, run.id, "round_committed", data, now)
+
+
+def _used(c: Connection, run: RunRow, stored: StoredVersion, tasks: Sequence[TaskRow], memory: int) -> dict[str, int]:
+    """What a round has used when its version is in the table: now most of its bytes lie on the disk."""
+    measured = task_queries.evaluation_tasks(c, run.id, run.version)
+    # Version 0 is the model that the run began with. The others are alike, for they hold the same tensors.
+    made = sum(v.number > 0 for v in q.list_versions(c, run.id))
+    return {
+        "clients": len(tasks),
+        "fetching": len({t.client for t in (*tasks, *measured)}),
+        "bytes_down": bytes_down(c, run.id, tasks, run.version),
+        "bytes_up": sum(t.bytes_up for t in tasks),
+        "server_disk": task_queries.uploaded_bytes(c, run.id) + made * stored.written,
+        "server_memory": memory,
+    }
 
 
 def reopen_task(c: Connection, task: TaskRow) -> TaskRow:

@@ -49,6 +49,8 @@ class StoredVersion:
     master: BlobRef | None
     size: int
     tensors: int
+    written: int
+    """Bytes of the files that were made for it; a frozen base, shared with the version before, is not among them."""
     digests: frozenset[bytes]
     """Every blob it needs: manifests and files."""
 
@@ -192,7 +194,8 @@ class Versions:
             digests |= {ref.digest, *(f.blob.digest for f in manifest.files)}
         model, master = refs
         assert model is not None
-        return StoredVersion(model, master, new.model.total_size, len(new.model.tensors), frozenset(digests))
+        written = sum(f.entry.blob.size for f in new.files) + sum(ref.size for ref in refs if ref)
+        return StoredVersion(model, master, new.model.total_size, len(new.model.tensors), written, frozenset(digests))
 
     def _adopt_bytes(self, data: bytes, path: Path) -> BlobRef:
         path.write_bytes(data)

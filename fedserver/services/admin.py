@@ -20,6 +20,7 @@ from fedserver.runtime.board import TaskBoard
 from fedserver.runtime.engine import Engine
 from fedserver.runtime.events import EventFeed
 from fedserver.runtime.integrity import Integrity
+from fedserver.runtime.prediction import transfers
 from fedserver.runtime.sites import SiteRegistry
 from fedserver.runtime.versions import Versions
 from fedserver.services import views
@@ -33,6 +34,7 @@ from fedserver.store.rows import RoundRow, RunRow, VersionRow
 
 _MAX_PAGE = 1000
 _DEFAULT_PAGE = 100
+_USES = 10
 _PAGE_BYTES = MAX_MESSAGE_BYTES - (64 << 10)
 
 M = TypeVar("M", bound=Message)
@@ -70,10 +72,22 @@ class AdminServicer(pb_grpc.AdminServiceServicer):
         return pb.CreateRunResponse(run=self._run(row))
 
     @translated
+    async def PlanRun(self, request: pb.PlanRunRequest, context: Context) -> pb.PlanRunResponse:
+        """See the .proto."""
+        await operator(context)
+        name, plan = await self._engine.plan(request.spec_json, request.clients)
+        times = transfers(plan.prediction, link=request.link, server_link=request.server_link)
+        return views.plan_message(name, plan, times)
+
+    @translated
     async def GetRun(self, request: pb.GetRunRequest, context: Context) -> pb.GetRunResponse:
         """See the .proto."""
         await operator(context)
-        return pb.GetRunResponse(run=self._run(await self._engine.find(request.run)))
+        row = await self._engine.find(request.run)
+        newest = await self._db.run(lambda c: q.list_rounds(c, row.id, after=max(0, row.version - _USES), limit=_USES))
+        run = self._run(row)
+        run.used.extend(views.use_messages(row, newest))
+        return pb.GetRunResponse(run=run)
 
     @translated
     async def ExplainRun(self, request: pb.ExplainRunRequest, context: Context) -> pb.ExplainRunResponse:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -11,6 +13,8 @@ from fedlink.v1 import types_pb2
 from fedserver.rounds.explain import Doing, Wait
 from fedserver.runtime.board import OpenTask
 from fedserver.runtime.integrity import Finding
+from fedserver.runtime.planning import Plan
+from fedserver.runtime.prediction import Prediction, Transfers
 from fedserver.runtime.sites import Site
 from fedserver.store.rows import ModelRow, RoundRow, RunRow, TaskRow, VersionRow
 
@@ -37,7 +41,46 @@ def run_message(row: RunRow, waiting: str) -> pb.Run:
     )
     if row.ended is not None:
         out.ended.CopyFrom(timestamp(row.ended))
+    if row.prediction is not None:
+        out.prediction.CopyFrom(prediction_message(Prediction.parse(row.prediction)))
     return out
+
+
+def prediction_message(predicted: Prediction) -> pb.Prediction:
+    """What a run will move and take."""
+    return pb.Prediction(**asdict(predicted))
+
+
+def plan_message(model: str, plan: Plan, times: Transfers | None) -> pb.PlanRunResponse:
+    """What a run would take, starting from a model."""
+    out = pb.PlanRunResponse(
+        model=model,
+        prediction=prediction_message(plan.prediction),
+        server_disk=str(plan.takes),
+        server_disk_free=plan.room,
+        server_disk_reserve=plan.reserve,
+        refusal=plan.refusal,
+    )
+    if times is not None:
+        out.seconds_down_first = times.down_first
+        out.seconds_down_later = times.down_later
+        out.seconds_up = times.up
+    return out
+
+
+def use_messages(run: RunRow, rounds: Sequence[RoundRow]) -> list[pb.RoundUse]:
+    """What those of these rounds that are committed have used, beside what was predicted."""
+    predicted = Prediction.parse(run.prediction) if run.prediction is not None else None
+    messages = []
+    for row in rounds:
+        if row.used is not None:
+            messages.append(use := pb.RoundUse(round=row.number, **json.loads(row.used)))
+            if predicted is not None:
+                use.predicted_bytes_down = predicted.down(row.number, use.fetching)
+                use.predicted_bytes_up = predicted.up(use.clients)
+                use.predicted_server_disk = predicted.disk(row.number, use.clients, run.parsed.retention)
+                use.predicted_server_memory = predicted.memory(use.fetching)
+    return messages
 
 
 def explanation(row: RunRow, wait: Wait) -> pb.ExplainRunResponse:

@@ -70,6 +70,7 @@ class RunRow(_Record):
     best_version: int | None
     best_value: float | None
     reason: str
+    prediction: str | None
     created: float
     ended: float | None
 
@@ -118,6 +119,7 @@ class RoundRow(_Record):
     phase: str
     deadline_at: float | None
     reason: str
+    used: str | None
     opened: float
     closed: float | None
 

@@ -71,6 +71,7 @@ runs = Table(
     Column("best_version", Integer),
     Column("best_value", Float),
     Column("reason", Text, nullable=False, default=""),
+    Column("prediction", Text, comment="what it was to move and take, when it was created; null for older runs"),
     Column("created", Float, nullable=False),
     Column("ended", Float),
 )
@@ -101,6 +102,7 @@ rounds = Table(
     Column("phase", String(16), nullable=False),
     Column("deadline_at", Float),
     Column("reason", Text, nullable=False, default=""),
+    Column("used", Text, comment="what it moved and took, once it is committed"),
     Column("opened", Float, nullable=False),
     Column("closed", Float),
 )

@@ -21,6 +21,9 @@ _UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|[KMGT]i?B|)")
 _SIZES = {"": 1, "B": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}}
 _SIZES |= {f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}
+_RATE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:bit|bit/s|bps)")
+_RATES = {prefix: 1000**i for i, prefix in enumerate(["", *"kmgt"])}
+_MAX_RATE = 10**15
 
 
 def check_name(value: str) -> str:
@@ -58,6 +61,19 @@ def parse_size(value: Any) -> Any:
     if m := _SIZE.fullmatch(value.strip()):
         return int(float(m[1]) * _SIZES[m[2]])
     raise ValueError(f'{value[:80]!r} is no size: write "512MB" or "20GiB", or a number of bytes')
+
+
+def parse_rate(text: str) -> int:
+    """Bits a second from "100mbit", "2.5 Gbit/s" or "56kbps".
+
+    Raises:
+        ValueError: no speed, or none above 0.
+    """
+    m = _RATE.fullmatch(text.strip().lower())
+    rate = int(float(m[1]) * _RATES[m[2]]) if m else 0
+    if 0 < rate <= _MAX_RATE:
+        return rate
+    raise ValueError(f'{text[:80]!r} is no speed of a line: write "100mbit" or "1gbit" (bits a second)')
 
 
 Name = Annotated[str, AfterValidator(check_name)]

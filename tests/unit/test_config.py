@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import Field
 
-from fedlink.config import Bytes, Config, Seconds
+from fedlink.config import Bytes, Config, Seconds, parse_rate
 from fedlink.errors import FedlinkError, Reason
 
 
@@ -32,6 +32,20 @@ def test_durations(term: Any, seconds: float) -> None:
 @pytest.mark.parametrize(("limit", "size"), [("512MB", 512_000_000), ("20 GiB", 20 << 30), (5, 5)])
 def test_sizes(limit: Any, size: int) -> None:
     assert Made.checked({"limit": limit}, "x").limit == size
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"),
+    [("100mbit", 10**8), ("2.5 Gbit/s", 2_500_000_000), (" 56kbps", 56_000), ("800 bit", 800), ("1Tbit", 10**12)],
+)
+def test_speeds_of_lines(text: str, rate: int) -> None:
+    assert parse_rate(text) == rate
+
+
+@pytest.mark.parametrize("text", ["", "fast", "100", "10MB/s", "0mbit", "-1mbit", "1 e9 bit", "100000000tbit"])
+def test_what_is_no_speed_is_told_with_what_to_write(text: str) -> None:
+    with pytest.raises(ValueError, match='is no speed of a line: write "100mbit" or "1gbit"'):
+        parse_rate(text)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.exc import OperationalError
 
 from fedlink.errors import FedlinkError, Reason
+from fedserver.services import views
 from fedserver.store import migrations
 from fedserver.store.database import SCHEMA_REVISION, Database
 from fedserver.store.queries import clients as client_queries
@@ -138,6 +139,9 @@ async def test_a_database_of_the_first_schema_is_brought_up_to_date(tmp_path: Pa
         c.exec_driver_sql(
             f"INSERT INTO runs (name, request_id, spec, state, rounds, version, reason, created) VALUES ({values})"
         )
+        c.exec_driver_sql(
+            "INSERT INTO rounds (run_id, number, attempt, phase, reason, opened) VALUES (1, 1, 1, 'committed', '', 0.0)"
+        )
         c.exec_driver_sql("INSERT INTO versions VALUES (1, 1, x'02', 1, 1, 1, NULL, '{}', 0, 1, 0.0)")
         for name, session in (("here", "x'03'"), ("gone", "NULL")):
             c.exec_driver_sql(
@@ -149,6 +153,11 @@ async def test_a_database_of_the_first_schema_is_brought_up_to_date(tmp_path: Pa
     version = await database.run(lambda c: run_queries.version(c, 1, 1))
     assert version is not None
     assert (version.digest, version.kept, version.pinned) == (b"\2", True, False)
+    run, rounds = await database.run(lambda c: (run_queries.run_by_id(c, 1), run_queries.list_rounds(c, 1)))
+    assert run.prediction is None
+    assert views.run_message(run, "").HasField("prediction") is False
+    assert [r.used for r in rounds] == [None]
+    assert views.use_messages(run, rounds) == []
     clients = await database.run(client_queries.all_clients)
     assert {c.name: c.present for c in clients} == {"here": True, "gone": False}
     database.close()

@@ -29,6 +29,7 @@ COMMANDS = {
     "fedserver model pin": "--data-dir NAME",
     "fedserver model unpin": "--data-dir NAME",
     "fedserver model verify": "--data-dir --json NAME",
+    "fedserver plan": "--clients --data-dir --json --link --model --server-link FILE",
     "fedserver round close": "--data-dir --json RUN",
     "fedserver round list": "--data-dir --json RUN",
     "fedserver round show": "--attempt --data-dir --json NUMBER RUN",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, delete, func, insert, select, update
 
 from fedserver.store.rows import TaskRow, UploadRow
 from fedserver.store.tables import tasks, uploads, versions
@@ -105,6 +105,12 @@ def upload(c: Connection, upload_id: bytes) -> UploadRow | None:
 def task_uploads(c: Connection, task_ids: Sequence[int]) -> list[UploadRow]:
     """The uploads made under these tasks."""
     return [UploadRow.of(r) for r in c.execute(select(uploads).where(uploads.c.task_id.in_(list(task_ids))))]
+
+
+def uploaded_bytes(c: Connection, run_id: int) -> int:
+    """Bytes of everything that is uploaded for a run and still here."""
+    ours = select(func.coalesce(func.sum(uploads.c.size), 0)).join(tasks, tasks.c.id == uploads.c.task_id)
+    return int(c.execute(ours.where(tasks.c.run_id == run_id)).scalar_one())
 
 
 def import_uploads(c: Connection, import_id: bytes) -> list[UploadRow]:

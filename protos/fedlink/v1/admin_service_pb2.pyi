@@ -77,6 +77,8 @@ class Run(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     CREATED_FIELD_NUMBER: _builtins.int
     ENDED_FIELD_NUMBER: _builtins.int
+    PREDICTION_FIELD_NUMBER: _builtins.int
+    USED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Unique name."""
     spec_json: _builtins.str
@@ -103,6 +105,16 @@ class Run(_message.Message):
     def ended(self) -> _timestamp_pb2.Timestamp:
         """When it ended."""
 
+    @_builtins.property
+    def prediction(self) -> Global___Prediction:
+        """What it was to move and take, as things were when it was created. Not set
+        for runs that an older release created.
+        """
+
+    @_builtins.property
+    def used(self) -> _containers.RepeatedCompositeFieldContainer[Global___RoundUse]:
+        """What its newest rounds have used, at most ten, oldest first. Only by GetRun."""
+
     def __init__(
         self,
         *,
@@ -116,16 +128,183 @@ class Run(_message.Message):
         reason: _builtins.str = ...,
         created: _timestamp_pb2.Timestamp | None = ...,
         ended: _timestamp_pb2.Timestamp | None = ...,
+        prediction: Global___Prediction | None = ...,
+        used: _abc.Iterable[Global___RoundUse] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_best_version", b"_best_version", "best_version", b"best_version", "created", b"created", "ended", b"ended"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_best_version", b"_best_version", "best_version", b"best_version", "created", b"created", "ended", b"ended", "prediction", b"prediction"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_version", b"_best_version", "best_version", b"best_version", "created", b"created", "ended", b"ended", "name", b"name", "reason", b"reason", "rounds", b"rounds", "spec_json", b"spec_json", "state", b"state", "version", b"version", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_version", b"_best_version", "best_version", b"best_version", "created", b"created", "ended", b"ended", "name", b"name", "prediction", b"prediction", "reason", b"reason", "rounds", b"rounds", "spec_json", b"spec_json", "state", b"state", "used", b"used", "version", b"version", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__best_version: _TypeAlias = _typing.Literal["best_version"]  # noqa: Y015
     _WhichOneofArgType__best_version: _TypeAlias = _typing.Literal["_best_version", b"_best_version"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__best_version) -> _WhichOneofReturnType__best_version | None: ...
 
 Global___Run: _TypeAlias = Run  # noqa: Y015
+
+@_typing.final
+class Prediction(_message.Message):
+    """Prediction is what a run will move and take, in bytes. Bytes moved are those of
+    one site in one round.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLIENTS_FIELD_NUMBER: _builtins.int
+    COHORT_FIELD_NUMBER: _builtins.int
+    FETCHING_FIELD_NUMBER: _builtins.int
+    BYTES_DOWN_FIRST_FIELD_NUMBER: _builtins.int
+    BYTES_DOWN_LATER_FIELD_NUMBER: _builtins.int
+    BYTES_UP_FIELD_NUMBER: _builtins.int
+    SERVER_DISK_FIELD_NUMBER: _builtins.int
+    SERVER_MEMORY_FIELD_NUMBER: _builtins.int
+    SITE_DISK_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    DAEMON_MEMORY_FIELD_NUMBER: _builtins.int
+    TRAINER_MEMORY_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    BULK_STREAMS_FIELD_NUMBER: _builtins.int
+    clients: _builtins.int
+    """Sites that could take part; 0 if none was known."""
+    cohort: _builtins.int
+    """Sites that train in each round."""
+    fetching: _builtins.int
+    """Sites that fetch each version: the cohort, and whoever measures it."""
+    bytes_down_first: _builtins.int
+    """Down in a site's first round, if it has nothing of the model."""
+    bytes_down_later: _builtins.int
+    """Down in each later round: what training changed."""
+    bytes_up: _builtins.int
+    """Up in each round: an update."""
+    server_disk: _builtins.int
+    """The most that the run's updates and versions take of the server's disk at
+    once, without the starting model.
+    """
+    server_memory: _builtins.int
+    """About the peak of the server's resident memory."""
+    site_disk: _builtins.int
+    """The most that is on a site's disk: the model, and then two checkpoints, or
+    one and the update. What an optimizer keeps is not in it.
+    """
+    checkpoint: _builtins.int
+    """One of those checkpoints."""
+    daemon_memory: _builtins.int
+    """About the peak of a site's daemon."""
+    trainer_memory: _builtins.int
+    """Of a site's trainer: the model, and its largest tensor once more. The
+    framework, gradients, optimizer and activations are not in it.
+    """
+    version: _builtins.int
+    """What a new version adds to the server's disk."""
+    bulk_streams: _builtins.int
+    """The server's setting, which bounds its memory."""
+    def __init__(
+        self,
+        *,
+        clients: _builtins.int = ...,
+        cohort: _builtins.int = ...,
+        fetching: _builtins.int = ...,
+        bytes_down_first: _builtins.int = ...,
+        bytes_down_later: _builtins.int = ...,
+        bytes_up: _builtins.int = ...,
+        server_disk: _builtins.int = ...,
+        server_memory: _builtins.int = ...,
+        site_disk: _builtins.int = ...,
+        checkpoint: _builtins.int = ...,
+        daemon_memory: _builtins.int = ...,
+        trainer_memory: _builtins.int = ...,
+        version: _builtins.int = ...,
+        bulk_streams: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bulk_streams", b"bulk_streams", "bytes_down_first", b"bytes_down_first", "bytes_down_later", b"bytes_down_later", "bytes_up", b"bytes_up", "checkpoint", b"checkpoint", "clients", b"clients", "cohort", b"cohort", "daemon_memory", b"daemon_memory", "fetching", b"fetching", "server_disk", b"server_disk", "server_memory", b"server_memory", "site_disk", b"site_disk", "trainer_memory", b"trainer_memory", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Prediction: _TypeAlias = Prediction  # noqa: Y015
+
+@_typing.final
+class RoundUse(_message.Message):
+    """RoundUse is what a committed round has used, in bytes, beside what was
+    predicted for as many sites.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUND_FIELD_NUMBER: _builtins.int
+    CLIENTS_FIELD_NUMBER: _builtins.int
+    FETCHING_FIELD_NUMBER: _builtins.int
+    BYTES_DOWN_FIELD_NUMBER: _builtins.int
+    BYTES_UP_FIELD_NUMBER: _builtins.int
+    SERVER_DISK_FIELD_NUMBER: _builtins.int
+    SERVER_MEMORY_FIELD_NUMBER: _builtins.int
+    PREDICTED_BYTES_DOWN_FIELD_NUMBER: _builtins.int
+    PREDICTED_BYTES_UP_FIELD_NUMBER: _builtins.int
+    PREDICTED_SERVER_DISK_FIELD_NUMBER: _builtins.int
+    PREDICTED_SERVER_MEMORY_FIELD_NUMBER: _builtins.int
+    round: _builtins.int
+    """Number of the round."""
+    clients: _builtins.int
+    """Sites whose updates are in it."""
+    fetching: _builtins.int
+    """Sites that fetched the version it began with: those, and who measured it."""
+    bytes_down: _builtins.int
+    """Down to all of them, so that they could start."""
+    bytes_up: _builtins.int
+    """Up, as updates that are in it."""
+    server_disk: _builtins.int
+    """Of the run's updates and versions, when its version was committed; then most
+    lies on the server's disk.
+    """
+    server_memory: _builtins.int
+    """The most resident memory of the server's process, from its start to the
+    commit.
+    """
+    predicted_bytes_down: _builtins.int
+    """What was predicted for bytes_down. Like the next three not set if nothing was."""
+    predicted_bytes_up: _builtins.int
+    """What was predicted for bytes_up."""
+    predicted_server_disk: _builtins.int
+    """What was predicted for server_disk."""
+    predicted_server_memory: _builtins.int
+    """What was predicted for server_memory."""
+    def __init__(
+        self,
+        *,
+        round: _builtins.int = ...,
+        clients: _builtins.int = ...,
+        fetching: _builtins.int = ...,
+        bytes_down: _builtins.int = ...,
+        bytes_up: _builtins.int = ...,
+        server_disk: _builtins.int = ...,
+        server_memory: _builtins.int = ...,
+        predicted_bytes_down: _builtins.int | None = ...,
+        predicted_bytes_up: _builtins.int | None = ...,
+        predicted_server_disk: _builtins.int | None = ...,
+        predicted_server_memory: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_predicted_bytes_down", b"_predicted_bytes_down", "_predicted_bytes_up", b"_predicted_bytes_up", "_predicted_server_disk", b"_predicted_server_disk", "_predicted_server_memory", b"_predicted_server_memory", "predicted_bytes_down", b"predicted_bytes_down", "predicted_bytes_up", b"predicted_bytes_up", "predicted_server_disk", b"predicted_server_disk", "predicted_server_memory", b"predicted_server_memory"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_predicted_bytes_down", b"_predicted_bytes_down", "_predicted_bytes_up", b"_predicted_bytes_up", "_predicted_server_disk", b"_predicted_server_disk", "_predicted_server_memory", b"_predicted_server_memory", "bytes_down", b"bytes_down", "bytes_up", b"bytes_up", "clients", b"clients", "fetching", b"fetching", "predicted_bytes_down", b"predicted_bytes_down", "predicted_bytes_up", b"predicted_bytes_up", "predicted_server_disk", b"predicted_server_disk", "predicted_server_memory", b"predicted_server_memory", "round", b"round", "server_disk", b"server_disk", "server_memory", b"server_memory"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__predicted_bytes_down: _TypeAlias = _typing.Literal["predicted_bytes_down"]  # noqa: Y015
+    _WhichOneofArgType__predicted_bytes_down: _TypeAlias = _typing.Literal["_predicted_bytes_down", b"_predicted_bytes_down"]  # noqa: Y015
+    _WhichOneofReturnType__predicted_bytes_up: _TypeAlias = _typing.Literal["predicted_bytes_up"]  # noqa: Y015
+    _WhichOneofArgType__predicted_bytes_up: _TypeAlias = _typing.Literal["_predicted_bytes_up", b"_predicted_bytes_up"]  # noqa: Y015
+    _WhichOneofReturnType__predicted_server_disk: _TypeAlias = _typing.Literal["predicted_server_disk"]  # noqa: Y015
+    _WhichOneofArgType__predicted_server_disk: _TypeAlias = _typing.Literal["_predicted_server_disk", b"_predicted_server_disk"]  # noqa: Y015
+    _WhichOneofReturnType__predicted_server_memory: _TypeAlias = _typing.Literal["predicted_server_memory"]  # noqa: Y015
+    _WhichOneofArgType__predicted_server_memory: _TypeAlias = _typing.Literal["_predicted_server_memory", b"_predicted_server_memory"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__predicted_bytes_down) -> _WhichOneofReturnType__predicted_bytes_down | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__predicted_bytes_up) -> _WhichOneofReturnType__predicted_bytes_up | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__predicted_server_disk) -> _WhichOneofReturnType__predicted_server_disk | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__predicted_server_memory) -> _WhichOneofReturnType__predicted_server_memory | None: ...
+
+Global___RoundUse: _TypeAlias = RoundUse  # noqa: Y015
 
 @_typing.final
 class Round(_message.Message):
@@ -496,6 +675,113 @@ class CreateRunResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CreateRunResponse: _TypeAlias = CreateRunResponse  # noqa: Y015
+
+@_typing.final
+class PlanRunRequest(_message.Message):
+    """PlanRunRequest describes a run that may be created."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPEC_JSON_FIELD_NUMBER: _builtins.int
+    CLIENTS_FIELD_NUMBER: _builtins.int
+    LINK_FIELD_NUMBER: _builtins.int
+    SERVER_LINK_FIELD_NUMBER: _builtins.int
+    spec_json: _builtins.str
+    """As for CreateRun."""
+    clients: _builtins.int
+    """How many sites could take part; 0 for those that are known, connected or not,
+    and offer the workload, which is what CreateRun goes by.
+    """
+    link: _builtins.int
+    """Bits a second of each site's line; 0 if unknown."""
+    server_link: _builtins.int
+    """Bits a second of the server's line, which all sites share; 0 if it is never
+    the narrow place.
+    """
+    def __init__(
+        self,
+        *,
+        spec_json: _builtins.str = ...,
+        clients: _builtins.int = ...,
+        link: _builtins.int = ...,
+        server_link: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clients", b"clients", "link", b"link", "server_link", b"server_link", "spec_json", b"spec_json"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanRunRequest: _TypeAlias = PlanRunRequest  # noqa: Y015
+
+@_typing.final
+class PlanRunResponse(_message.Message):
+    """PlanRunResponse says what the run would take."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    PREDICTION_FIELD_NUMBER: _builtins.int
+    SERVER_DISK_FIELD_NUMBER: _builtins.int
+    SERVER_DISK_FREE_FIELD_NUMBER: _builtins.int
+    SERVER_DISK_RESERVE_FIELD_NUMBER: _builtins.int
+    REFUSAL_FIELD_NUMBER: _builtins.int
+    SECONDS_DOWN_FIRST_FIELD_NUMBER: _builtins.int
+    SECONDS_DOWN_LATER_FIELD_NUMBER: _builtins.int
+    SECONDS_UP_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model that it would start from, in full: RUN@VERSION where a run is named."""
+    server_disk: _builtins.str
+    """prediction.server_disk in its parts, for people."""
+    server_disk_free: _builtins.int
+    """Bytes of the server's disk that may be taken now."""
+    server_disk_reserve: _builtins.int
+    """Bytes that stay free besides: the setting disk_reserve."""
+    refusal: _builtins.str
+    """Why CreateRun would refuse it now; empty if it would not."""
+    seconds_down_first: _builtins.float
+    """Seconds until all sites have fetched the model in their first round, at the
+    speeds given. Not set, like the next two, if none was.
+    """
+    seconds_down_later: _builtins.float
+    """The same in a later round."""
+    seconds_up: _builtins.float
+    """Seconds until all sites of a round have sent their updates."""
+    @_builtins.property
+    def prediction(self) -> Global___Prediction:
+        """What it would move and take."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        prediction: Global___Prediction | None = ...,
+        server_disk: _builtins.str = ...,
+        server_disk_free: _builtins.int = ...,
+        server_disk_reserve: _builtins.int = ...,
+        refusal: _builtins.str = ...,
+        seconds_down_first: _builtins.float | None = ...,
+        seconds_down_later: _builtins.float | None = ...,
+        seconds_up: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_seconds_down_first", b"_seconds_down_first", "_seconds_down_later", b"_seconds_down_later", "_seconds_up", b"_seconds_up", "prediction", b"prediction", "seconds_down_first", b"seconds_down_first", "seconds_down_later", b"seconds_down_later", "seconds_up", b"seconds_up"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seconds_down_first", b"_seconds_down_first", "_seconds_down_later", b"_seconds_down_later", "_seconds_up", b"_seconds_up", "model", b"model", "prediction", b"prediction", "refusal", b"refusal", "seconds_down_first", b"seconds_down_first", "seconds_down_later", b"seconds_down_later", "seconds_up", b"seconds_up", "server_disk", b"server_disk", "server_disk_free", b"server_disk_free", "server_disk_reserve", b"server_disk_reserve"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__seconds_down_first: _TypeAlias = _typing.Literal["seconds_down_first"]  # noqa: Y015
+    _WhichOneofArgType__seconds_down_first: _TypeAlias = _typing.Literal["_seconds_down_first", b"_seconds_down_first"]  # noqa: Y015
+    _WhichOneofReturnType__seconds_down_later: _TypeAlias = _typing.Literal["seconds_down_later"]  # noqa: Y015
+    _WhichOneofArgType__seconds_down_later: _TypeAlias = _typing.Literal["_seconds_down_later", b"_seconds_down_later"]  # noqa: Y015
+    _WhichOneofReturnType__seconds_up: _TypeAlias = _typing.Literal["seconds_up"]  # noqa: Y015
+    _WhichOneofArgType__seconds_up: _TypeAlias = _typing.Literal["_seconds_up", b"_seconds_up"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seconds_down_first) -> _WhichOneofReturnType__seconds_down_first | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seconds_down_later) -> _WhichOneofReturnType__seconds_down_later | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seconds_up) -> _WhichOneofReturnType__seconds_up | None: ...
+
+Global___PlanRunResponse: _TypeAlias = PlanRunResponse  # noqa: Y015
 
 @_typing.final
 class GetRunRequest(_message.Message):

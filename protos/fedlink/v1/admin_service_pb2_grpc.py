@@ -47,6 +47,11 @@ class AdminServiceStub(object):
                 request_serializer=fedlink_dot_v1_dot_admin__service__pb2.CreateRunRequest.SerializeToString,
                 response_deserializer=fedlink_dot_v1_dot_admin__service__pb2.CreateRunResponse.FromString,
                 _registered_method=True)
+        self.PlanRun = channel.unary_unary(
+                '/fedlink.v1.AdminService/PlanRun',
+                request_serializer=fedlink_dot_v1_dot_admin__service__pb2.PlanRunRequest.SerializeToString,
+                response_deserializer=fedlink_dot_v1_dot_admin__service__pb2.PlanRunResponse.FromString,
+                _registered_method=True)
         self.GetRun = channel.unary_unary(
                 '/fedlink.v1.AdminService/GetRun',
                 request_serializer=fedlink_dot_v1_dot_admin__service__pb2.GetRunRequest.SerializeToString,
@@ -174,8 +179,18 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PlanRun(self, request, context):
+        """PlanRun says what a run would move and take, and whether CreateRun would
+        refuse it for want of disk; it begins nothing. A repeat answers what is true
+        then. INVALID_ARGUMENT / BAD_RUN: as for CreateRun, or clients is 0 and no
+        site is known that offers the workload.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetRun(self, request, context):
-        """GetRun answers one run.
+        """GetRun answers one run, and what its newest rounds have used.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -346,6 +361,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     request_deserializer=fedlink_dot_v1_dot_admin__service__pb2.CreateRunRequest.FromString,
                     response_serializer=fedlink_dot_v1_dot_admin__service__pb2.CreateRunResponse.SerializeToString,
             ),
+            'PlanRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.PlanRun,
+                    request_deserializer=fedlink_dot_v1_dot_admin__service__pb2.PlanRunRequest.FromString,
+                    response_serializer=fedlink_dot_v1_dot_admin__service__pb2.PlanRunResponse.SerializeToString,
+            ),
             'GetRun': grpc.unary_unary_rpc_method_handler(
                     servicer.GetRun,
                     request_deserializer=fedlink_dot_v1_dot_admin__service__pb2.GetRunRequest.FromString,
@@ -487,6 +507,33 @@ class AdminService(object):
             '/fedlink.v1.AdminService/CreateRun',
             fedlink_dot_v1_dot_admin__service__pb2.CreateRunRequest.SerializeToString,
             fedlink_dot_v1_dot_admin__service__pb2.CreateRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PlanRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedlink.v1.AdminService/PlanRun',
+            fedlink_dot_v1_dot_admin__service__pb2.PlanRunRequest.SerializeToString,
+            fedlink_dot_v1_dot_admin__service__pb2.PlanRunResponse.FromString,
             options,
             channel_credentials,
             insecure,

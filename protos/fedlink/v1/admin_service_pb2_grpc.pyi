@@ -46,8 +46,14 @@ class AdminServiceStub:
     INVALID_ARGUMENT / BAD_RUN: the specification is wrong; the message says
     where. ALREADY_EXISTS / RUN_EXISTS: the name is taken.
     """
+    PlanRun: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.PlanRunRequest, _admin_service_pb2.PlanRunResponse]
+    """PlanRun says what a run would move and take, and whether CreateRun would
+    refuse it for want of disk; it begins nothing. A repeat answers what is true
+    then. INVALID_ARGUMENT / BAD_RUN: as for CreateRun, or clients is 0 and no
+    site is known that offers the workload.
+    """
     GetRun: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.GetRunRequest, _admin_service_pb2.GetRunResponse]
-    """GetRun answers one run."""
+    """GetRun answers one run, and what its newest rounds have used."""
     ExplainRun: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ExplainRunRequest, _admin_service_pb2.ExplainRunResponse]
     """ExplainRun says what a run waits for: on whom, since when, doing what, how
     far, and what will end it. It answers for every run, also one that has ended.
@@ -134,8 +140,14 @@ class AdminServiceAsyncStub(AdminServiceStub):
     INVALID_ARGUMENT / BAD_RUN: the specification is wrong; the message says
     where. ALREADY_EXISTS / RUN_EXISTS: the name is taken.
     """
+    PlanRun: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.PlanRunRequest, _admin_service_pb2.PlanRunResponse]  # type: ignore[assignment]
+    """PlanRun says what a run would move and take, and whether CreateRun would
+    refuse it for want of disk; it begins nothing. A repeat answers what is true
+    then. INVALID_ARGUMENT / BAD_RUN: as for CreateRun, or clients is 0 and no
+    site is known that offers the workload.
+    """
     GetRun: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.GetRunRequest, _admin_service_pb2.GetRunResponse]  # type: ignore[assignment]
-    """GetRun answers one run."""
+    """GetRun answers one run, and what its newest rounds have used."""
     ExplainRun: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ExplainRunRequest, _admin_service_pb2.ExplainRunResponse]  # type: ignore[assignment]
     """ExplainRun says what a run waits for: on whom, since when, doing what, how
     far, and what will end it. It answers for every run, also one that has ended.
@@ -227,12 +239,24 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def PlanRun(
+        self,
+        request: _admin_service_pb2.PlanRunRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.PlanRunResponse, _abc.Awaitable[_admin_service_pb2.PlanRunResponse]]:
+        """PlanRun says what a run would move and take, and whether CreateRun would
+        refuse it for want of disk; it begins nothing. A repeat answers what is true
+        then. INVALID_ARGUMENT / BAD_RUN: as for CreateRun, or clients is 0 and no
+        site is known that offers the workload.
+        """
+
+    @_abc_1.abstractmethod
     def GetRun(
         self,
         request: _admin_service_pb2.GetRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.GetRunResponse, _abc.Awaitable[_admin_service_pb2.GetRunResponse]]:
-        """GetRun answers one run."""
+        """GetRun answers one run, and what its newest rounds have used."""
 
     @_abc_1.abstractmethod
     def ExplainRun(

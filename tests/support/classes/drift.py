@@ -17,14 +17,15 @@ def drift(number, round_, size):
 
 
 class Drift(Workload):
-    """Adds `drift` to its weights; `number`, `examples` and `size` are the site's, and `hold` makes it wait."""
+    """Adds `drift` to its weights; `number`, `examples`, `size` and `bias` are the site's, and `hold` makes it wait."""
 
     @dataclass(frozen=True)
     class Settings:
         steps: int = 2
 
     def build_model(self):
-        return {"w": np.zeros(self.site.data["size"], np.float32), "b": np.zeros(3, np.float32)}
+        data = self.site.data
+        return {"w": np.zeros(data["size"], np.float32), "b": np.zeros(data.get("bias", 3), np.float32)}
 
     def train(self, model, ctx):
         control = self.site.path("control")
