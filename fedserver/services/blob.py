@@ -26,6 +26,7 @@ from fedlink.blobs import CHUNK_SIZE, DIGEST_SIZE, MAX_BLOB_SIZE, MAX_STREAM_BYT
 from fedlink.bulk import MAX_DIGESTS
 from fedlink.errors import FedlinkError, Reason
 from fedlink.failpoints import reach
+from fedlink.stall import stalling
 from fedlink.transfer import ImportPurpose, Purpose, TaskPurpose
 from fedlink.v1 import blob_service_pb2 as pb
 from fedserver.runtime.access import BlobAccess, Caller
@@ -110,8 +111,11 @@ class BlobServicer:
         stop = _end_of_range(request, ref)
         with await self._open(ref.digest) as reader:
             digests = reader.chunk_digests if request.include_chunk_digests else b""
-            await self._send(context, pb.ReadBlobResponse(size=ref.size, chunk_digests=digests))
-            await self._send_range(context, reader, request, stop)
+            head = pb.ReadBlobResponse(size=ref.size, chunk_digests=digests)
+            async with self._moving() as moved:
+                await context.write(head)
+                moved()
+                await self._send_range(context, reader, request, stop, moved)
 
     @translated
     async def find_missing_blobs(
@@ -173,7 +177,9 @@ class BlobServicer:
             raise
         return opening.result()
 
-    async def _send_range(self, context: Context, reader: BlobReader, request: pb.ReadBlobRequest, stop: int) -> None:
+    async def _send_range(
+        self, context: Context, reader: BlobReader, request: pb.ReadBlobRequest, stop: int, moved: Callable[[], None]
+    ) -> None:
         sent = request.offset
         read_into = checked(reader, request.digest) if request.verify else reader.read_into
         batches = read_ahead(read_into, request.offset, stop, self._executor, batch=self.admission.batch)
@@ -182,18 +188,15 @@ class BlobServicer:
                 async for batch in batches:
                     reach("blob.read")
                     for end, message in batch:
-                        await self._send(context, message)
+                        await context.write(message)
+                        moved()
                         sent = end
         finally:
             self._access.count_read(request.task_token, sent - request.offset)
 
-    async def _send(self, context: Context, message: bytes | pb.ReadBlobResponse) -> None:
-        with self._place_lost():
-            async with asyncio.timeout(self._limits.stall):
-                await context.write(message)
-
     async def _upload_named(self, requests: AsyncIterator[bytes]) -> bytes:
-        head = await self._next(requests)
+        async with self._moving():
+            head = await _next(requests)
         upload_id = head.upload_id if isinstance(head, pb.WriteBlobRequest) else b""
         _check_upload_id(upload_id)
         return upload_id
@@ -204,9 +207,10 @@ class BlobServicer:
         append = functools.partial(self._spool.append, upload_id)
         behind = WriteBehind(append, start, self._executor, batch=self.admission.batch)
         try:
-            async with behind:
+            async with self._moving() as moved, behind:
                 try:
-                    while behind.position < stop and (message := await self._next(requests)) is not None:
+                    while behind.position < stop and (message := await _next(requests)) is not None:
+                        moved()
                         await behind.put(_payload(message, behind.position))
                 finally:
                     # What came before the line broke need not come again.
@@ -215,19 +219,12 @@ class BlobServicer:
             self._access.count_written(upload_id, behind.written - start)
         return pb.WriteBlobResponse(committed_size=behind.written, complete=behind.written == size)
 
-    async def _next(self, requests: AsyncIterator[bytes]) -> rpc.Chunk | pb.WriteBlobRequest | None:
-        with self._place_lost():
-            async with asyncio.timeout(self._limits.stall):
-                message = await anext(requests, None)
+    @contextlib.asynccontextmanager
+    async def _moving(self) -> AsyncIterator[Callable[[], None]]:
+        """Hold a stream's place as long as what this gives is called now and then."""
         try:
-            return None if message is None else rpc.decode_write_request(message)
-        except DecodeError:
-            raise FedlinkError(Reason.CHUNK_SIZE, "A message is not a WriteBlobRequest.") from None
-
-    @contextlib.contextmanager
-    def _place_lost(self) -> Iterator[None]:
-        try:
-            yield
+            async with stalling(self._limits.stall) as moved:
+                yield moved
         except TimeoutError:
             text = f"Nothing moved for {self._limits.stall:g} seconds, so others get this place; go on by offset."
             raise FedlinkError(Reason.BUSY, text, retry_after=self._limits.retry_after) from None
@@ -285,6 +282,14 @@ async def _after(older: asyncio.Task[Any] | None, work: Callable[[], Awaitable[T
     if older:
         await settled(older)
     return await work()
+
+
+async def _next(requests: AsyncIterator[bytes]) -> rpc.Chunk | pb.WriteBlobRequest | None:
+    message = await anext(requests, None)
+    try:
+        return None if message is None else rpc.decode_write_request(message)
+    except DecodeError:
+        raise FedlinkError(Reason.CHUNK_SIZE, "A message is not a WriteBlobRequest.") from None
 
 
 def _purpose(request: pb.FindMissingBlobsRequest | pb.StartUploadRequest, caller: Caller) -> Purpose:

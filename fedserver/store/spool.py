@@ -46,6 +46,8 @@ _MAGIC = b"FLSPOOL1"
 _MARK_OFFSET = 48
 _NEW, _OLD, _FREE = ".new-", ".old-", ".free"
 _LOCKS = 64
+_OPEN = 64
+"""Slots that stay open for their next chunks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,28 @@ class _Slot:
             write_at(fd, committed.to_bytes(8, "little"), _MARK_OFFSET)
 
 
+class _Writable:
+    """The open files of a slot, for the length of an upload."""
+
+    def __init__(self, slot: _Slot) -> None:
+        self.ref, self.committed = slot.ref, slot.committed
+        self._fds = contextlib.ExitStack()
+        with contextlib.ExitStack() as stack:
+            self.data = stack.enter_context(_opened(slot.data, os.O_WRONLY))
+            self.chunks = stack.enter_context(_opened(slot.chunks, os.O_RDONLY))
+            self._state = stack.enter_context(_opened(slot.directory / "state", os.O_WRONLY))
+            self._fds = stack.pop_all()
+
+    def mark(self, committed: int) -> None:
+        """Move the mark."""
+        write_at(self._state, committed.to_bytes(8, "little"), _MARK_OFFSET)
+        self.committed = committed
+
+    def close(self) -> None:
+        """Close them."""
+        self._fds.close()
+
+
 class Spool:
     """Upload slots in a directory. One process; any thread.
 
@@ -83,6 +107,9 @@ class Spool:
         self._root = root
         self._disk = disk or Disk(root)
         self._recycler = recycler
+        self._open: dict[bytes, _Writable] = {}
+        """Slots that are being written, the one written last at the end."""
+        self._open_lock = threading.Lock()
         self._locks = tuple(threading.Lock() for _ in range(_LOCKS))
         root.mkdir(parents=True, exist_ok=True)
         for path in root.iterdir():
@@ -135,27 +162,24 @@ class Spool:
                 the list says).
         """
         with self._lock(upload_id):
-            slot = self._slot(upload_id)
+            slot = self._writable(upload_id)
             if offset != slot.committed:
                 raise offset_mismatch(offset, slot.committed)
-            first = offset // CHUNK_SIZE
-            digests = memoryview(bytearray(DIGEST_SIZE * len(chunks)))
+            digests = os.pread(slot.chunks, DIGEST_SIZE * len(chunks), offset // CHUNK_SIZE * DIGEST_SIZE)
             end = offset
-            with _opened(slot.chunks, os.O_RDONLY) as fd:
-                known = digests[: max(0, os.fstat(fd).st_size - first * DIGEST_SIZE)]
-                read_at(fd, known, first * DIGEST_SIZE)
             with self._disk.used_for("uploads"):
                 try:
-                    with _opened(slot.data, os.O_WRONLY) as fd:
-                        for chunk, digest in zip(chunks, _entries(digests), strict=True):
-                            _check_chunk(slot.ref, end, chunk, digest)
-                            write_at(fd, chunk, end)
-                            end += len(chunk)
+                    for at, chunk in enumerate(chunks):
+                        _check_chunk(slot.ref, end, chunk, digests[at * DIGEST_SIZE : (at + 1) * DIGEST_SIZE])
+                        write_at(slot.data, chunk, end)
+                        end += len(chunk)
                 finally:
                     if end > offset:
                         reach("upload.written")
                         slot.mark(end)
                         reach("upload.marked")
+            if end == slot.ref.size:
+                self._close(upload_id)
             return end
 
     def committed(self, upload_id: bytes) -> int:
@@ -230,6 +254,7 @@ class Spool:
     def delete(self, upload_id: bytes) -> None:
         """Remove a slot; nothing happens if there is none."""
         with self._lock(upload_id):
+            self._close(upload_id)
             self._remove(self._directory(upload_id))
 
     def reverify(self, upload_id: bytes, unwanted: Callable[[], bool] = lambda: False) -> int:
@@ -245,6 +270,7 @@ class Spool:
             FedlinkError: UPLOAD_NOT_FOUND; DRAINING if the answer is not wanted any more.
         """
         with self._lock(upload_id):
+            self._close(upload_id)
             directory = self._directory(upload_id)
             try:
                 slot = self._slot(upload_id)
@@ -262,6 +288,31 @@ class Spool:
             if good != slot.committed:
                 slot.mark(good)
             return good
+
+    def _writable(self, upload_id: bytes) -> _Writable:
+        """The open files of a slot, whose lock is held; they are closed when it is full or deleted."""
+        with self._open_lock:
+            slot = self._open.pop(upload_id, None)
+            if slot is None:
+                slot = _Writable(self._slot(upload_id))
+            self._open[upload_id] = slot
+            idle = [
+                i for i in list(self._open)[: len(self._open) - _OPEN] if self._lock(i) is not self._lock(upload_id)
+            ]
+        for other in idle:
+            # Whoever holds it is writing, so that one is not idle.
+            if self._lock(other).acquire(blocking=False):
+                try:
+                    self._close(other)
+                finally:
+                    self._lock(other).release()
+        return slot
+
+    def _close(self, upload_id: bytes) -> None:
+        with self._open_lock:
+            slot = self._open.pop(upload_id, None)
+        if slot:
+            slot.close()
 
     def _lock(self, upload_id: bytes) -> threading.Lock:
         return self._locks[hash(upload_id) % _LOCKS]
@@ -341,7 +392,7 @@ def offset_mismatch(offset: int, committed: int) -> FedlinkError:
     )
 
 
-def _check_chunk(ref: BlobRef, offset: int, chunk: Buffer, digest: memoryview) -> None:
+def _check_chunk(ref: BlobRef, offset: int, chunk: Buffer, digest: bytes) -> None:
     expected = min(CHUNK_SIZE, ref.size - offset)
     metadata = {"committed_size": str(offset)}
     if len(chunk) != expected or not chunk:
@@ -365,10 +416,6 @@ def _good_bytes(fd: int, committed: int, digests: bytes, unwanted: Callable[[], 
         if first_bad_chunk(buffer[:length], offset, digests) is not None:
             return offset
     return committed
-
-
-def _entries(digests: memoryview) -> Iterator[memoryview]:
-    return (digests[at : at + DIGEST_SIZE] for at in range(0, len(digests), DIGEST_SIZE))
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ from fedlink.files import Buffer, read_at
 from fedlink.part import PartFile
 from fedlink.recycle import Recycler
 from fedlink.rpc import Chunk, Metadata, decode_read_response, encode_bulk, from_rpc_error
+from fedlink.stall import stalling
 from fedlink.transfer import (
     FOREVER,
     STALL,
@@ -286,14 +287,14 @@ class _Sending:
         return Written(answer.committed_size, answer.complete)
 
     async def _send_chunks(self, call: Any, fd: int, action: Send) -> None:
-        async with asyncio.timeout(self.stall) as deadline:
+        async with stalling(self.stall) as moved:
             await call.write(pb.WriteBlobRequest(upload_id=action.upload_id))
             batches = read_ahead(functools.partial(read_at, fd), action.start, action.stop)
             async with contextlib.aclosing(batches):
                 async for batch in batches:
                     reach("upload.sending")
                     for end, message in batch:
-                        deadline.reschedule(asyncio.get_running_loop().time() + self.stall)
+                        moved()
                         await call.write(message)
                         self.report(end, self.ref.size)
             await call.done_writing()
@@ -340,12 +341,12 @@ class _Fetching:
         )
         call = method(request, metadata=self.metadata())
         try:
-            async with asyncio.timeout(self.stall) as deadline:
+            async with stalling(self.stall) as moved:
                 await self._take_head(await call.read(), with_list=action.with_list)
                 async with WriteBehind(self.part.write, action.start) as behind:
                     try:
                         while (message := await call.read()) is not grpc.aio.EOF:
-                            deadline.reschedule(asyncio.get_running_loop().time() + self.stall)
+                            moved()
                             await behind.put(self._checked(message, behind.position, action.stop))
                             self.report(behind.position, self.ref.size)
                     finally:

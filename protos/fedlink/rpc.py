@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -169,20 +170,20 @@ _OFFSET_TAG, _PAYLOAD_TAG = 0x19, 0x22
 
 def chunk_message(offset: int, payload: bytes | bytearray | memoryview) -> bytes:
     """One chunk as a serialized ReadBlobResponse or WriteBlobRequest, with one copy of the payload."""
-    n = len(payload)
-    padded = bytes((n & 127 | 128, n >> 7 & 127 | 128, n >> 14 & 127 | 128, n >> 21 & 127 | 128, n >> 28))
-    return b"".join((_PREFIX.pack(_OFFSET_TAG, offset, _PAYLOAD_TAG, padded), payload))
+    return b"".join((_PREFIX.pack(_OFFSET_TAG, offset, _PAYLOAD_TAG, _padded(len(payload))), payload))
+
+
+@functools.lru_cache(maxsize=64)
+def _padded(n: int) -> bytes:
+    return bytes((n & 127 | 128, n >> 7 & 127 | 128, n >> 14 & 127 | 128, n >> 21 & 127 | 128, n >> 28))
 
 
 def split_chunk(message: bytes) -> tuple[int, memoryview] | None:
     """Offset and payload of a message made by `chunk_message`, without a copy; None for any other message."""
-    if len(message) < _PREFIX_SIZE or message[0] != _OFFSET_TAG:
+    if len(message) < _PREFIX_SIZE:
         return None
-    _, offset, tag, padded = _PREFIX.unpack_from(message)
-    if tag != _PAYLOAD_TAG or not all(b & 128 for b in padded[:4]) or padded[4] > 7:
-        return None
-    length = sum((b & 127) << 7 * i for i, b in enumerate(padded))
-    if length != len(message) - _PREFIX_SIZE:
+    first, offset, tag, padded = _PREFIX.unpack_from(message)
+    if first != _OFFSET_TAG or tag != _PAYLOAD_TAG or padded != _padded(len(message) - _PREFIX_SIZE):
         return None
     return offset, memoryview(message)[_PREFIX_SIZE:]
 
