@@ -3,14 +3,13 @@
 Both sides that move files use it: the client daemon (models down, updates up) and the
 operator's command line (`fedserver model import` and `export`). What is sent again, from
 which offset and after how long is decided in `fedlink.transfer`; here are the calls, and
-the files, which are read and written in worker threads, a few chunks at a time.
+the files, which are read and written in between, as long as the disk is quick.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -21,14 +20,15 @@ from typing import Any
 import grpc.aio
 
 from fedlink import log
-from fedlink.batches import BATCH_CHUNKS, WriteBehind, read_ahead, settled
-from fedlink.blobs import CHUNK_SIZE, BlobRef, ChunkHasher, first_bad_chunk
+from fedlink.batches import BATCH_CHUNKS, settled
+from fedlink.blobs import CHUNK_SIZE, BlobRef, ChunkHasher, chunk_spans, first_bad_chunk
 from fedlink.errors import FedlinkError, Reason
 from fedlink.failpoints import reach
 from fedlink.files import Buffer, read_at
 from fedlink.part import PartFile
+from fedlink.quickdisk import QuickDisk
 from fedlink.recycle import Recycler
-from fedlink.rpc import Chunk, Metadata, decode_read_response, encode_bulk, from_rpc_error
+from fedlink.rpc import Chunk, Metadata, chunk_message, decode_read_response, encode_bulk, from_rpc_error
 from fedlink.stall import stalling
 from fedlink.transfer import (
     FOREVER,
@@ -289,14 +289,13 @@ class _Sending:
     async def _send_chunks(self, call: Any, fd: int, action: Send) -> None:
         async with stalling(self.stall) as moved:
             await call.write(pb.WriteBlobRequest(upload_id=action.upload_id))
-            batches = read_ahead(functools.partial(read_at, fd), action.start, action.stop)
-            async with contextlib.aclosing(batches):
-                async for batch in batches:
-                    reach("upload.sending")
-                    for end, message in batch:
-                        moved()
-                        await call.write(message)
-                        self.report(end, self.ref.size)
+            disk, buffer = QuickDisk(), memoryview(bytearray(CHUNK_SIZE))
+            for at, length in chunk_spans(action.start, action.stop):
+                await disk.do(read_at, fd, buffer[:length], at)
+                reach("upload.sending")
+                await call.write(chunk_message(at, buffer[:length]))
+                moved()
+                self.report(at + length, self.ref.size)
             await call.done_writing()
 
 
@@ -343,15 +342,12 @@ class _Fetching:
         try:
             async with stalling(self.stall) as moved:
                 await self._take_head(await call.read(), with_list=action.with_list)
-                async with WriteBehind(self.part.write, action.start) as behind:
-                    try:
-                        while (message := await call.read()) is not grpc.aio.EOF:
-                            moved()
-                            await behind.put(self._checked(message, behind.position, action.stop))
-                            self.report(behind.position, self.ref.size)
-                    finally:
-                        # What came before the line broke need not come again.
-                        await behind.flush()
+                disk, position = QuickDisk(), action.start
+                while (message := await call.read()) is not grpc.aio.EOF:
+                    moved()
+                    chunk = self._checked(message, position, action.stop)
+                    position = await disk.do(self.part.write, position, chunk)
+                    self.report(position, self.ref.size)
         finally:
             call.cancel()
 

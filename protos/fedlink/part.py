@@ -10,7 +10,6 @@ and goes on behind the last chunk that matches the list.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -79,21 +78,19 @@ class PartFile:
         self._list = chunk_digests
         self.has_list = True
 
-    def write(self, offset: int, chunks: Sequence[Buffer]) -> int:
-        """Check whole chunks against the list and write them at `offset`; the new `verified`.
+    def write(self, offset: int, chunk: Buffer) -> int:
+        """Check a whole chunk against the list and write it at `offset`; the new `verified`.
 
         Raises:
-            FedlinkError: CHUNK_CORRUPT; the chunks before the bad one are kept.
-            OSError: they cannot be written.
+            FedlinkError: CHUNK_CORRUPT; nothing is written.
+            OSError: it cannot be written.
         """
-        for chunk in chunks:
-            if self._list is None or first_bad_chunk(chunk, offset, self._list) is not None:
-                raise FedlinkError(Reason.CHUNK_CORRUPT, f"The chunk at {offset} of blob {self._ref} came damaged.")
-            write_at(self._fd, chunk, offset)
-            offset += len(chunk)
-            self.verified = offset
+        if self._list is None or first_bad_chunk(chunk, offset, self._list) is not None:
+            raise FedlinkError(Reason.CHUNK_CORRUPT, f"The chunk at {offset} of blob {self._ref} came damaged.")
+        write_at(self._fd, chunk, offset)
+        self.verified = offset + len(chunk)
         reach("download.written")
-        return offset
+        return self.verified
 
     def finish(self) -> None:
         """Give the whole file its name, and remove the list.
