@@ -8,6 +8,7 @@ process: after a restart every open task gets a full fresh term.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
 from collections import defaultdict
@@ -105,6 +106,22 @@ class OpenTask:
         return self.row.client
 
 
+class _Poll:
+    """A site that waits for a task."""
+
+    __slots__ = ("news", "over")
+
+    def __init__(self) -> None:
+        self.news = asyncio.Event()
+        """There may be something for it."""
+        self.over = False
+
+    def end(self) -> None:
+        """Let it be answered now."""
+        self.over = True
+        self.news.set()
+
+
 class TaskBoard:
     """Open tasks by token and by client.
 
@@ -118,8 +135,7 @@ class TaskBoard:
         self.lease_term = lease_term
         self._by_token: dict[bytes, OpenTask] = {}
         self._by_client: dict[str, dict[bytes, OpenTask]] = defaultdict(dict)
-        self._news: dict[str, asyncio.Event] = defaultdict(asyncio.Event)
-        self._polls: dict[str, asyncio.Event] = {}
+        self._polls: dict[str, _Poll] = {}
         self.draining = False
         """No task is handed out and nothing new begins; the server ends soon."""
 
@@ -139,7 +155,8 @@ class TaskBoard:
                 task.reopened = row.reason == UPDATE_LOST
             self._by_token[row.token] = task
             self._by_client[row.client][row.token] = task
-            self._news[row.client].set()
+            if poll := self._polls.get(row.client):
+                poll.news.set()
 
     def remove(self, tasks: Iterable[OpenTask]) -> None:
         """Take tasks down; their records are in the database."""
@@ -209,14 +226,14 @@ class TaskBoard:
 
         A newer poll of the same site ends this one, and draining ends every poll.
         """
-        superseded = asyncio.Event()
-        previous, self._polls[client] = self._polls.get(client), superseded
+        poll = _Poll()
+        previous, self._polls[client] = self._polls.get(client), poll
         if previous is not None:
-            previous.set()
+            previous.end()
         deadline = time.monotonic() + wait
         try:
-            while not superseded.is_set() and not self.draining:
-                self._news[client].clear()
+            while not poll.over and not self.draining:
+                poll.news.clear()
                 waiting = [t for t in self.of_client(client) if t.token not in held or t.reopened]
                 now = time.monotonic()
                 if ready := [t for t in waiting if t.ready <= now]:
@@ -224,22 +241,24 @@ class TaskBoard:
                 if now >= deadline:
                     break
                 until = min([deadline, *(t.ready for t in waiting)])
-                await _first_of(self._news[client], superseded, wait=until - now)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(until - now):
+                        await poll.news.wait()
         finally:
-            if self._polls.get(client) is superseded:
+            if self._polls.get(client) is poll:
                 del self._polls[client]
         return None
 
     def wake(self, client: str) -> None:
         """End a site's poll now (its rights have changed)."""
         if client in self._polls:
-            self._polls[client].set()
+            self._polls[client].end()
 
     def drain(self) -> None:
         """Hand out no task from now on."""
         self.draining = True
-        for superseded in self._polls.values():
-            superseded.set()
+        for poll in self._polls.values():
+            poll.end()
 
     def _fetch(self, task: OpenTask) -> OpenTask:
         if not task.fetched:
@@ -303,12 +322,3 @@ def _is_over(c: Connection, client: str, row: TaskRow | None) -> bool:
         return TaskState(row.state).final
     found = run_queries.round_attempt(c, row.run_id, row.round, row.round_attempt)
     return found is None or found.phase in ("committed", "failed")
-
-
-async def _first_of(*events: asyncio.Event, wait: float) -> None:
-    waits = [asyncio.ensure_future(e.wait()) for e in events]
-    try:
-        await asyncio.wait(waits, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for w in waits:
-            w.cancel()

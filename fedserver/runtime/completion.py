@@ -16,7 +16,6 @@ from fedserver.aggregation.check import check_update
 from fedserver.rounds.model import TaskState
 from fedserver.runtime.board import Claim, OpenTask, TaskBoard, Verdict, closed
 from fedserver.runtime.engine import Engine
-from fedserver.runtime.footprint import max_update_bytes
 from fedserver.runtime.uploads import TaskBlobAccess
 from fedserver.runtime.versions import Versions
 from fedserver.runtime.wanted import Unwanted, while_wanted
@@ -132,6 +131,7 @@ class Completions:
         driver = self._engine.driver_of(task)
         uploads = await self._db.run(lambda c: q.task_uploads(c, [task.row.id]))
         model = await self._access.model_manifest((await self._access.task_model(task)).digest)
+        limit = await self._access.update_limit(task)
         await driver.task_changed(task, TaskState.CHECKING)
         spec = task.run.parsed
 
@@ -144,7 +144,7 @@ class Completions:
                 update.files,
                 kind=spec.update_kind,
                 update_dtype=WIRE_DTYPES[spec.update_dtype],
-                max_bytes=max_update_bytes(model, spec),
+                max_bytes=limit,
                 unwanted=unwanted,
             )
 

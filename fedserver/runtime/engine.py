@@ -261,7 +261,7 @@ class Engine:
             self._leavings = [left for left in self._leavings if not left.idle]
             if board.draining and not self.under_way():
                 self.drained.set()
-            for task in board.lapsed(set(sites.offers())):
+            for task in board.lapsed(sites.offers().keys()) if board.all() else ():
                 if (of_run := self._drivers.get(task.row.run_id)) is not None:
                     await self._guarded(lambda of_run=of_run, task=task: of_run.task_lapsed(task))  # type: ignore[misc]
             for driver in list(self._drivers.values()):

@@ -45,10 +45,8 @@ def open_round(c: Connection, run_id: int, number: int, deadline_at: float | Non
 
 def issue_train(c: Connection, run: RunRow, after: Round, clients: Collection[str], attempt: int) -> list[TaskRow]:
     """Write a training task for each site."""
-    rows = [
-        _issue(c, run, "train", client, attempt, round=after.number, round_attempt=after.attempt, version=run.version)
-        for client in clients
-    ]
+    of = {"round": after.number, "round_attempt": after.attempt, "version": run.version}
+    rows = _issue(c, run, "train", clients, attempt=attempt, **of)
     kind = "round_started" if attempt == 1 else "task_retried"
     data = {"round": after.number, "attempt": after.attempt, "clients": sorted(clients)}
     q.add_event(c, run.id, kind, data, time.time())
@@ -62,21 +60,12 @@ def issue_evaluation(
     if task_queries.evaluation_tasks(c, run.id, version):
         return []
     task_queries.end_tasks(c, stale, TaskState.SUPERSEDED, "NEWER_VERSION", time.time())
-    return [_issue(c, run, "evaluate", client, 1, round=0, round_attempt=0, version=version) for client in clients]
+    return _issue(c, run, "evaluate", clients, attempt=1, round=0, round_attempt=0, version=version)
 
 
-def _issue(c: Connection, run: RunRow, kind: str, client: str, attempt: int, **values: int) -> TaskRow:
-    return task_queries.insert_task(
-        c,
-        token=secrets.token_bytes(24),
-        run_id=run.id,
-        kind=kind,
-        client=client,
-        attempt=attempt,
-        state=TaskState.PENDING,
-        issued=time.time(),
-        **values,
-    )
+def _issue(c: Connection, run: RunRow, kind: str, clients: Collection[str], **values: int) -> list[TaskRow]:
+    common = {"run_id": run.id, "kind": kind, "state": TaskState.PENDING, "issued": time.time(), **values}
+    return task_queries.insert_tasks(c, [{"token": secrets.token_bytes(24), "client": n, **common} for n in clients])
 
 
 def close_tasks(

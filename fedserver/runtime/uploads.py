@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -36,7 +36,10 @@ from fedserver.store.spool import Spool
 _MAX_TASK_UPLOADS = 20_000
 _DISPLACED = 4
 """So many times the allowed bytes a task may send and replace: further updates of a site that was killed in between."""
+_Sent = tuple[list[UploadRow], set[bytes]]
+"""Uploads that a caller has made of some blobs, and those of the blobs that it may read whoever sent them."""
 _CACHED_TENSORS = 200_000
+_KNOWN = 256
 _DRAIN_PAUSE = 2.0
 
 
@@ -60,6 +63,8 @@ class TaskBlobAccess:
         self._spool = spool
         self._integrity = integrity
         self._manifests: dict[bytes, Manifest] = {}
+        self._models: dict[tuple[int, int], BlobRef] = {}
+        self._limits: dict[tuple[bytes, str], int] = {}
         self._starting = asyncio.Lock()
         # Of an upload nothing is to be remembered once its task is over: the board has let it go then.
         self._tasks: WeakValueDictionary[bytes, OpenTask] = WeakValueDictionary()
@@ -81,10 +86,31 @@ class TaskBlobAccess:
         Raises:
             FedlinkError: ROUND_CLOSED if the version is gone.
         """
-        row = await self._db.run(lambda c: run_queries.version(c, task.row.run_id, task.row.version))
+        key = task.row.run_id, task.row.version
+        # A version that an open task names is not retired.
+        if key in self._models and self._board.get(task.token) is task:
+            return self._models[key]
+        row = await self._db.run(lambda c: run_queries.version(c, *key))
         if row is None or not row.kept:
             raise FedlinkError(Reason.ROUND_CLOSED, f"version {task.row.version} of run {task.run.name!r} is not kept")
+        self._models[key] = row.manifest
+        while len(self._models) > _KNOWN:
+            del self._models[next(iter(self._models))]
         return row.manifest
+
+    async def update_limit(self, task: OpenTask) -> int:
+        """The most bytes that the files of a task's update may have.
+
+        Raises:
+            FedlinkError: ROUND_CLOSED if the version is gone.
+        """
+        digest, spec = (await self.task_model(task)).digest, task.run.parsed
+        key = digest, spec.update_dtype
+        if key not in self._limits:
+            self._limits[key] = max_update_bytes(await self.model_manifest(digest), spec)
+            while len(self._limits) > _KNOWN:
+                del self._limits[next(iter(self._limits))]
+        return self._limits[key]
 
     async def readable(self, caller: Caller, task_token: bytes, digest: bytes) -> BlobRef:
         """See `BlobAccess`."""
@@ -114,7 +140,9 @@ class TaskBlobAccess:
     async def missing(self, caller: Caller, purpose: Purpose, digests: Sequence[bytes]) -> list[bytes]:
         """See `BlobAccess`."""
         task = await self._task(caller, purpose)
-        here = await self._here(caller, purpose, task, set(digests))
+        wanted = set(digests)
+        sent = await self._db.run(lambda c: _sent(c, caller, purpose, task, wanted))
+        here = await self._here(task, sent, wanted)
         return [d for d in digests if d not in here]
 
     @whole
@@ -138,8 +166,8 @@ class TaskBlobAccess:
     async def _find_or_create(
         self, caller: Caller, purpose: Purpose, task: OpenTask | None, ref: BlobRef, chunk_digests: bytes
     ) -> bytes:
-        mine = await self._uploads(purpose, task)
-        leave = await self._kept_free()
+        mine, sent, bases = await self._db.run(lambda c: _known(c, caller, purpose, task, ref.digest))
+        leave = await self._kept_free(bases)
         for upload in mine:
             if upload.digest == ref.digest:
                 # Creating it again does nothing, unless a power loss took the slot.
@@ -147,7 +175,7 @@ class TaskBlobAccess:
                 return upload.id
         if task is not None:
             await self._make_room(task, mine, ref)
-        source = (await self._here(caller, purpose, task, {ref.digest})).get(ref.digest)
+        source = (await self._here(task, sent, {ref.digest})).get(ref.digest)
         upload_id = secrets.token_bytes(16)
         values: dict[str, Any] = {"task_id": task.row.id} if task else {"import_id": _import_id(purpose)}
         name = caller.name if task else ""
@@ -180,6 +208,9 @@ class TaskBlobAccess:
 
     async def owned(self, caller: Caller, upload_id: bytes) -> None:
         """See `BlobAccess`."""
+        known = self._tasks.get(upload_id)
+        if known and known.client == caller.name and not caller.operator and self._board.get(known.token) is known:
+            return
         row = await self._db.run(lambda c: q.upload(c, upload_id)) if len(upload_id) == 16 else None
         mine = row is not None and (row.import_id is not None if caller.operator else row.client == caller.name)
         if row is None or not mine:
@@ -209,16 +240,10 @@ class TaskBlobAccess:
 
     # --- Parts
 
-    async def _kept_free(self) -> int:
+    async def _kept_free(self, bases: Iterable[bytes]) -> int:
         """Bytes that uploads must leave: with less, the largest live run could not make its next version of them."""
-
-        def bases(c: Connection) -> set[bytes]:
-            live = run_queries.list_runs(c, states=run_queries.LIVE_STATES)
-            versions = [run_queries.version(c, r.id, r.version) for r in live]
-            return {v.digest for v in versions if v is not None and v.kept}
-
         sizes = [0]
-        for digest in await self._db.run(bases):
+        for digest in bases:
             with contextlib.suppress(FedlinkError):  # damaged, which its own run will hear
                 sizes.append(next_version_bytes(await self.model_manifest(digest)))
         return max(sizes)
@@ -237,13 +262,6 @@ class TaskBlobAccess:
             raise FedlinkError(Reason.WRONG_RESULT, "an evaluation has no update; its metrics go with CompleteTask")
         return task
 
-    async def _uploads(self, purpose: Purpose, task: OpenTask | None) -> list[UploadRow]:
-        if task is not None:
-            task_id = task.row.id
-            return await self._db.run(lambda c: q.task_uploads(c, [task_id]))
-        import_id = _import_id(purpose)
-        return await self._db.run(lambda c: q.import_uploads(c, import_id))
-
     async def _make_room(self, task: OpenTask, mine: Sequence[UploadRow], ref: BlobRef) -> None:
         """Return if a task may have one more upload; what it has too much of before goes, the oldest first.
 
@@ -254,8 +272,7 @@ class TaskBlobAccess:
         """
         if task.state is TaskState.CHECKING:
             raise FedlinkError(Reason.TASK_COMPLETED, "this task's update is being checked; nothing is to be sent")
-        model = await self.model_manifest((await self.task_model(task)).digest)
-        limit = max_update_bytes(model, task.run.parsed) + MAX_MANIFEST_SIZE
+        limit = await self.update_limit(task) + MAX_MANIFEST_SIZE
         older = sorted(mine, key=lambda u: u.created)
         total = sum(u.size for u in mine) + ref.size
         useless = []
@@ -274,28 +291,37 @@ class TaskBlobAccess:
             await self._db.run(lambda c: q.delete_uploads(c, [u.id for u in useless]))
             await self._versions.forget_uploads(useless)
 
-    async def _here(
-        self, caller: Caller, purpose: Purpose, task: OpenTask | None, digests: Collection[bytes]
-    ) -> dict[bytes, Path]:
-        """Local files, by digest, with bytes that this caller has sent before or may read under the same purpose."""
-
-        def work(c: Connection) -> tuple[list[UploadRow], set[bytes]]:
-            if task is not None:
-                return q.client_uploads(c, caller.name, digests), set()
-            mine = [u for u in q.import_uploads(c, _import_id(purpose)) if u.digest in digests]
-            return mine, model_queries.needed_of(c, digests)
-
-        sent, readable = await self._db.run(work)
+    async def _here(self, task: OpenTask | None, sent: _Sent, digests: Collection[bytes]) -> dict[bytes, Path]:
+        """Local files, by digest, with bytes that a caller has sent before or may read under the same purpose."""
+        uploads, readable = sent
         if task is not None:
             manifest = await self.task_model(task)
             files = (await self.model_manifest(manifest.digest)).files
             readable = {manifest.digest, *(f.blob.digest for f in files)} & set(digests)
 
         def paths() -> dict[bytes, Path]:
-            found = {u.digest: self._spool.path(u.id) for u in sent if is_whole(self._spool, u.id)}
+            found = {u.digest: self._spool.path(u.id) for u in uploads if is_whole(self._spool, u.id)}
             return found | {d: self._store.local_path(d) for d in readable - found.keys() if self._store.contains(d)}
 
-        return await asyncio.to_thread(paths)
+        return await asyncio.to_thread(paths) if uploads or readable else {}
+
+
+def _sent(c: Connection, caller: Caller, purpose: Purpose, task: OpenTask | None, digests: Collection[bytes]) -> _Sent:
+    if task is not None:
+        return q.client_uploads(c, caller.name, digests), set()
+    mine = [u for u in q.import_uploads(c, _import_id(purpose)) if u.digest in digests]
+    return mine, model_queries.needed_of(c, digests)
+
+
+def _known(
+    c: Connection, caller: Caller, purpose: Purpose, task: OpenTask | None, digest: bytes
+) -> tuple[list[UploadRow], _Sent, set[bytes]]:
+    """What StartUpload asks the database: the uploads of this purpose, what is here of a blob, the live runs' bases."""
+    mine = q.task_uploads(c, [task.row.id]) if task else q.import_uploads(c, _import_id(purpose))
+    live = run_queries.list_runs(c, states=run_queries.LIVE_STATES)
+    versions = [run_queries.version(c, r.id, r.version) for r in live]
+    bases = {v.digest for v in versions if v is not None and v.kept}
+    return mine, _sent(c, caller, purpose, task, {digest}), bases
 
 
 def _import_id(purpose: Purpose) -> bytes:

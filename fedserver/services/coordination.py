@@ -21,7 +21,6 @@ from fedserver.rounds.model import TaskState
 from fedserver.runtime.board import OpenTask, TaskBoard, ended
 from fedserver.runtime.completion import Completions, read_claim
 from fedserver.runtime.engine import Engine
-from fedserver.runtime.footprint import max_update_bytes
 from fedserver.runtime.sites import Site, SiteRegistry
 from fedserver.runtime.uploads import TaskBlobAccess
 from fedserver.services.identity import SiteIdentity
@@ -137,7 +136,7 @@ class CoordinationServicer(pb_grpc.CoordinationServiceServicer):
         kinds = {Kind.DELTA: types_pb2.Manifest.KIND_DELTA, Kind.GRADIENT: types_pb2.Manifest.KIND_GRADIENT}
         out.train.update = kinds[spec.update_kind]
         out.train.update_dtype = types_pb2.Dtype.Value(f"DTYPE_{WIRE_DTYPES[spec.update_dtype]}")
-        out.train.max_update_bytes = max_update_bytes(await self._access.model_manifest(model.digest), spec)
+        out.train.max_update_bytes = await self._access.update_limit(task)
         return out
 
     @translated

@@ -110,9 +110,19 @@ class Leases(RuleBasedStateMachine):
         # The same in every replay of a history: the jitter is drawn from it.
         token = self.issued.to_bytes(24, "big")
         row = self.book.do(
-            lambda c: task_queries.insert_task(
-                c, token=token, run_id=self.run.id, version=0, state="pending", issued=EPOCH + self.now, **values
-            )
+            lambda c: task_queries.insert_tasks(
+                c,
+                [
+                    {
+                        "token": token,
+                        "run_id": self.run.id,
+                        "version": 0,
+                        "state": "pending",
+                        "issued": EPOCH + self.now,
+                        **values,
+                    }
+                ],
+            )[0]
         )
         wait = retry_wait(row)
         longest = min(RETRY_CAP, RETRY_BASE * 2.0 ** (attempt - 2))

@@ -36,7 +36,7 @@ class Table:
         values |= {"round": number if kind == "train" else 0, "round_attempt": 1 if kind == "train" else 0}
         token = self.written.to_bytes(24, "big")
         return await self.database.run(
-            lambda c: task_queries.insert_task(c, token=token, version=0, issued=0.0, **values)
+            lambda c: task_queries.insert_tasks(c, [{"token": token, "version": 0, "issued": 0.0, **values}])[0]
         )
 
     async def put(self, client: str, **values: str) -> TaskRow:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, delete, func, insert, select, update
@@ -14,11 +14,12 @@ OPEN_STATES = ("pending", "running", "away", "checking")
 """States of tasks that may still change."""
 
 
-def insert_task(c: Connection, **values: Any) -> TaskRow:
-    """Add a task."""
-    done = c.execute(insert(tasks).values(**values))
-    assert done.inserted_primary_key is not None
-    return TaskRow.of(c.execute(select(tasks).where(tasks.c.id == done.inserted_primary_key[0])).one())
+def insert_tasks(c: Connection, rows: Sequence[Mapping[str, Any]]) -> list[TaskRow]:
+    """Add tasks; the rows that they became, in the same order."""
+    if not rows:
+        return []
+    done = c.execute(insert(tasks).returning(tasks, sort_by_parameter_order=True), list(rows))
+    return [TaskRow.of(r) for r in done]
 
 
 def save_task(c: Connection, task_id: int, **values: Any) -> None:
