@@ -18,7 +18,7 @@ from fedlink.blobs import BlobRef, chunk_digests_of, chunk_spans, ref_of
 from fedlink.tensors import Kind
 from fedlink.transfer import ImportPurpose, Purpose, TaskPurpose
 from fedlink.v1 import coordination_service_pb2 as pb
-from fedserver.app import _build
+from fedserver.app import Storage, _build
 from fedserver.runtime.access import Caller
 from fedserver.runtime.board import OpenTask, Verdict
 from fedserver.runtime.completion import Completions, read_claim
@@ -29,7 +29,6 @@ from fedserver.runtime.recovery import recover
 from fedserver.settings import ServerSettings
 from fedserver.store.blobs import DirectoryBlobStore
 from fedserver.store.database import Database
-from fedserver.store.disk import Disk
 from fedserver.store.queries import models as model_queries
 from fedserver.store.queries import runs as run_queries
 from fedserver.store.queries import tasks as task_queries
@@ -185,12 +184,12 @@ async def server(root: Path, **settings: Any) -> AsyncIterator[Server]:
     """A server's life, from recovery to the end; what was committed stays in `root`, as after SIGKILL."""
     made = ServerSettings(data_dir=root, **settings)
     root.mkdir(exist_ok=True)
-    disk = Disk(root, reserve=made.disk_reserve)
-    database = Database(made.database_url, disk=disk)
+    storage = Storage.at(made)
+    store, spool = storage.store, storage.spool
+    database = Database(made.database_url, disk=storage.disk)
     database.open()
-    store, spool = DirectoryBlobStore(root / "blobs"), Spool(root / "spool", disk=disk)
     await recover(database, store, spool, root / "tmp")
-    parts, engine = _build(made, database, store, spool, disk)
+    parts, engine = _build(made, database, storage)
     await parts.sites.load()
     await engine.start()
     completions = Completions(database, engine, parts.board, parts.access, parts.versions)
