@@ -15,15 +15,19 @@ import random
 import sys
 import time
 from collections import defaultdict
+from typing import TYPE_CHECKING
 
 import grpc.aio
 from google.protobuf.duration_pb2 import Duration
 
 from fedlink import PROTOCOL_VERSION, rpc
 from fedlink.v1 import coordination_service_pb2 as pb
-from fedlink.v1.coordination_service_pb2_grpc import CoordinationServiceAsyncStub, CoordinationServiceStub
+from fedlink.v1.coordination_service_pb2_grpc import CoordinationServiceStub
 from tests.bench.helpers import WORKLOAD
 from tests.support.peer import SCHEMA
+
+if TYPE_CHECKING:
+    from fedlink.v1.coordination_service_pb2_grpc import CoordinationServiceAsyncStub
 
 AT_ONCE = 32
 """Sites that register at the same moment."""

@@ -96,7 +96,7 @@ class Record:
             "model_bytes": weights.size(self.model),
             "cpu_s_by_part": {p: median(b[p] - a[p] for a, b in itertools.pairwise(self.cpu)) for p in self.cpu[0]},
             "round_s_by_round": self.took(),
-            "train_s_by_round": [median(phases[n]["train_s"]) for n in measured],
+            **{f"{p}_by_round": [median(phases[n][p]) for n in measured] for p in PHASES.values()},
             "cpu_s_by_round": [round(seconds, 2) for seconds in used],
             "disk_by_round": after,
             "disk_peak_by_round": during,

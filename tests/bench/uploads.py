@@ -19,7 +19,7 @@ from pathlib import Path
 from fedclient.patience import Patience
 from fedclient.session import Offer, Session
 from fedclient.settings import SiteSettings
-from fedlink import bulk, rpc
+from fedlink import bulk, log, rpc
 from fedlink.transfer import TaskPurpose
 from tests.bench.helpers import WORKLOAD
 from tests.support.peer import SCHEMA
@@ -40,6 +40,7 @@ async def beat(session: Session, token: bytes, latencies: list[float]) -> None:
 async def main(address: str, name: str, tasks: int, nbytes: int, directory: Path) -> None:
     """One site's life."""
     rpc.tune_malloc()
+    log.setup("warning")
     workload = {WORKLOAD: {"trainer": "none:None"}}
     site = SiteSettings.model_validate({"name": name, "server": address, "workload": workload})
     offer = Offer(WORKLOAD, SCHEMA, ("train",), ("*",))
