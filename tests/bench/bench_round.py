@@ -14,7 +14,6 @@ import os
 import queue
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -101,26 +100,19 @@ class Bench:
         scratch = self.root / "import"
         scratch.mkdir()
         path = scratch / "initial.safetensors"
-        command = [sys.executable, "-m", "tests.bench.weights", self.model, str(path)]
-        self._command(federation, command, REPOSITORY)
+        weights.write_initial(self.model, path)
         command = [program("fedserver"), "model", "import", str(path), "--data-dir", str(federation.data_dir)]
         # The command converts the files in TMPDIR, which may be in memory.
-        self._command(federation, command, self.root, TMPDIR=str(scratch))
-        shutil.rmtree(scratch)
-
-    def _command(self, federation: Federation, command: list[str], cwd: Path, **env: str) -> None:
-        log = self.root / "command.log"
-        with log.open("wb") as out:
-            process = subprocess.Popen(command, stdout=out, stderr=out, cwd=cwd, env=os.environ | env)
+        importing = Daemon(command, self.root / "import.log", cwd=self.root, env=os.environ | {"TMPDIR": str(scratch)})
         try:
-            while process.poll() is None:
+            while importing.running:
                 self._check_processes(federation)
-                time.sleep(0.1)
+                time.sleep(0.05)
+            if code := importing.wait():
+                raise BenchError(f"`fedserver model import` ended with {code}:\n{tail(importing.log)}")
         finally:
-            process.kill()
-            process.wait()
-        if process.returncode:
-            raise BenchError(f"{' '.join(command)} ended with {process.returncode}:\n{tail(log)}")
+            importing.clean()
+        shutil.rmtree(scratch)
 
     def _check_processes(self, federation: Federation) -> None:
         daemons: dict[str, Daemon | None] = {"the server": federation.server}
