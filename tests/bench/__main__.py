@@ -34,7 +34,7 @@ from tests.bench.targets import ROWS
 
 def measure(rows: Sequence[Row], given: argparse.Namespace, results: dict[str, Any], path: Path) -> None:
     """Run rows one after the other; each one's results are written before the next one begins."""
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     began = time.monotonic()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:

@@ -26,18 +26,20 @@ def netem(ground: Ground) -> Found:
             round_ = bench(MODEL, 1, ROUNDS, ground.directory, setting=Apart(line), say=ground.say)
             after = _raw(ground, line)
             for way in ("down", "up"):
-                raw = statistics.mean((before[way], after[way]))
+                raw = statistics.median([*before[way], *after[way]])
                 found.add(**{way: [100 * raw / s for s in round_[f"{way}_s_by_round"]]})
             found.note(raw_before=before, raw_after=after, round=round_)
     return found
 
 
-def _raw(ground: Ground, line: LongLine) -> dict[str, float]:
+def _raw(ground: Ground, line: LongLine) -> dict[str, list[float]]:
+    """Seconds of each round but the first, which warms up, as Fedlink's does."""
     nbytes = weights.size(MODEL)
-    with helper("raw", "serve", ADDRESSES[0], str(nbytes), prefix=line.inside(0)) as server:
+    options = (str(nbytes), str(ROUNDS))
+    with helper("raw", "serve", ADDRESSES[0], *options, prefix=line.inside(0)) as server:
         address = f"{ADDRESSES[0]}:{server.answer()['port']}"
-        with helper("raw", "fetch", address, str(nbytes), prefix=line.inside(1)) as client:
-            took = client.answer()
-    rates = {way: nbytes * 8 / seconds / 1e9 for way, seconds in took.items()}
+        with helper("raw", "fetch", address, *options, prefix=line.inside(1)) as client:
+            took = {way: seconds[1:] for way, seconds in client.answer().items()}
+    rates = {way: nbytes * 8 / statistics.median(seconds) / 1e9 for way, seconds in took.items()}
     ground.say(f"raw TCP: {rates['down']:.2f} Gbit/s down, {rates['up']:.2f} up (by {line.by})")
     return took

@@ -1,9 +1,9 @@
 """Raw TCP between two places: one side sends a number of bytes, then takes as many; nothing else is done with them.
 
-    python -m tests.bench.raw serve ADDRESS BYTES       prints the port
-    python -m tests.bench.raw fetch ADDRESS:PORT BYTES  prints the seconds down and up
+    python -m tests.bench.raw serve ADDRESS BYTES ROUNDS       prints the port
+    python -m tests.bench.raw fetch ADDRESS:PORT BYTES ROUNDS  prints the seconds down and up of each round
 
-Each direction has a connection of its own, as a transfer of Fedlink's after a pause has.
+One connection serves all rounds, as one of Fedlink's does.
 """
 
 from __future__ import annotations
@@ -32,32 +32,36 @@ def take(connection: socket.socket, nbytes: int) -> None:
             raise ConnectionError("the other side has ended")
 
 
-def serve(address: str, nbytes: int) -> None:
-    """Send on one connection, take on the next one and say so."""
+def serve(address: str, nbytes: int, rounds: int) -> None:
+    """Send, take, and say so, over one connection."""
     with socket.create_server((address, 0)) as listener:
         print(json.dumps({"port": listener.getsockname()[1]}), flush=True)
         with listener.accept()[0] as connection:
-            send(connection, nbytes)
-        with listener.accept()[0] as connection:
-            take(connection, nbytes)
-            connection.sendall(b".")
+            for _ in range(rounds):
+                send(connection, nbytes)
+                take(connection, nbytes)
+                connection.sendall(b".")
 
 
-def fetch(address: tuple[str, int], nbytes: int) -> None:
+def fetch(address: tuple[str, int], nbytes: int, rounds: int) -> None:
     """The other side, with a clock."""
-    began = time.perf_counter()
+    took: dict[str, list[float]] = {"down": [], "up": []}
     with socket.create_connection(address) as connection:
-        take(connection, nbytes)
-    down, began = time.perf_counter() - began, time.perf_counter()
-    with socket.create_connection(address) as connection:
-        send(connection, nbytes)
-        take(connection, 1)
-    print(json.dumps({"down": down, "up": time.perf_counter() - began}), flush=True)
+        for _ in range(rounds):
+            began = time.perf_counter()
+            take(connection, nbytes)
+            took["down"].append(time.perf_counter() - began)
+            began = time.perf_counter()
+            send(connection, nbytes)
+            take(connection, 1)
+            took["up"].append(time.perf_counter() - began)
+    print(json.dumps(took), flush=True)
 
 
 if __name__ == "__main__":
+    size, times = int(sys.argv[3]), int(sys.argv[4])
     if sys.argv[1] == "serve":
-        serve(sys.argv[2], int(sys.argv[3]))
+        serve(sys.argv[2], size, times)
     else:
         host, _, port = sys.argv[2].rpartition(":")
-        fetch((host, int(port)), int(sys.argv[3]))
+        fetch((host, int(port)), size, times)
