@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from typing import Any
 
@@ -89,6 +90,9 @@ def tls(ground: Ground) -> Found:
 
 
 def _floor(ground: Ground, model: str, clients: int) -> Floor:
+    # What was written before is on the disk by then, and its writing in nobody's time.
+    os.sync()
     floor = raw_tcp(weights.size(model), clients, 3, ground.directory)
     ground.say(f"raw TCP, {model} x {clients}: {statistics.median(floor.rounds):.2f} s a round")
+    os.sync()
     return floor
