@@ -113,6 +113,7 @@ def draw(rows: Sequence[Row], results: Results, path: Path) -> None:
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib import ticker
 
     shown = [line for line in lines(rows, results) if line.found]
     if not shown:
@@ -130,7 +131,10 @@ def draw(rows: Sequence[Row], results: Results, path: Path) -> None:
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(range(len(shown)), [line.cells[0] for line in reversed(shown)], fontsize=8)
     axes.set(xscale="log", xlabel="measured / target (left of the line: met; |: stretch)")
-    axes.grid(axis="x", alpha=0.3, which="both")
+    axes.xaxis.set_major_locator(ticker.LogLocator(base=2))
+    axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
+    axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=140)
     plt.close(figure)
 
