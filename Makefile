@@ -56,12 +56,20 @@ CASES ?= 50
 fault: $(STAMP) ## Faults on randomized schedules, all survived (SEED=7 CASES=50 JOBS=2)
 	@$(BIN)/python -m tests.fault.campaign --seed $(SEED) --cases $(CASES) --jobs $(JOBS)
 
+DIR ?= .bench
+bench: $(STAMP) ## Measure every target beside its baseline: an hour (ROWS=gpt2x4,tls REPEAT=3 DIR=.bench; docs/performance.md)
+	@$(BIN)/python -m tests.bench --dir $(DIR) $(if $(ROWS),--rows $(ROWS)) $(if $(REPEAT),--repeat $(REPEAT))
+
+bench-smoke: $(STAMP) ## Fail if a round costs twice what it should; part of make test (half a minute)
+	@$(BIN)/python -m pytest -q -s tests/bench/test_smoke.py
+
 MODEL ?= gpt2
 CLIENTS ?= 4
 ROUNDS ?= 3
-DIR ?= .bench
-bench-round: $(STAMP) ## Time a round (MODEL=resnet18|gpt2|gpt2-medium|gpt2-xl CLIENTS=4 ROUNDS=3 DIR=.bench KEEP=)
-	@$(BIN)/python -m tests.bench.bench_round $(MODEL) $(CLIENTS) $(ROUNDS) --dir $(DIR) $(if $(KEEP),--keep)
+TRAINER ?= numpy
+bench-round: $(STAMP) ## Time a round (MODEL=tiny|resnet18|gpt2|... CLIENTS=4 ROUNDS=3 TRAINER=numpy|torch TLS= DIR=.bench KEEP=)
+	@$(BIN)/python -m tests.bench.bench_round $(MODEL) $(CLIENTS) $(ROUNDS) --trainer $(TRAINER) $(if $(TLS),--tls) \
+		--dir $(DIR) $(if $(KEEP),--keep)
 
 check: $(STAMP) ## Lint, format, types, import rules, protocol, generated code (under a minute)
 	@$(BIN)/ruff format --check --quiet .
@@ -103,4 +111,4 @@ constraints: ## Pin what .venv holds now
 clean: ## Remove what the demo and the tools wrote, not .venv
 	@rm -rf .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
-.PHONY: help install demo demo-compose reproduce-heart test test-slow fault bench-round check check-protos protos generate baseline format constraints clean
+.PHONY: help install demo demo-compose reproduce-heart test test-slow fault bench bench-smoke bench-round check check-protos protos generate baseline format constraints clean

@@ -131,6 +131,22 @@ def allocated(directory: Path) -> int:
     return sum(blocks.values())
 
 
+def resident(pid: int) -> int:
+    """Resident bytes of one process now."""
+    return _memory(pid)[0]
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system seconds of one process until now.
+
+    Raises:
+        ProcessLookupError: it is gone.
+    """
+    if not (fields := _stat(pid)):
+        raise ProcessLookupError(pid)
+    return (int(fields[11]) + int(fields[12])) / _TICKS
+
+
 def _stat(pid: int) -> list[str]:
     """The fields of /proc/PID/stat after the name (the state first); empty if the process is gone."""
     try:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,9 +75,3 @@ def deviation(before: Version, after: Version, clients: int) -> dict[str, float]
         worst = max(worst, check({name: x}, {name: y}, clients))
         largest = max(largest, float(np.abs(y).max()))
     return {"deviation": worst, "float32_step": float(np.spacing(np.float32(largest)))}
-
-
-if __name__ == "__main__":
-    # In a process of its own, whose memory is free again before anything is measured.
-    write_initial(sys.argv[1], Path(sys.argv[2]))
-    print(json.dumps({"bytes": Path(sys.argv[2]).stat().st_size}))

@@ -16,7 +16,8 @@ import pytest
 from fedlink.v1 import admin_service_pb2 as pb
 from fedlink.v1 import admin_service_pb2_grpc as admin_grpc
 from fedserver.settings import admin_socket
-from tests.bench.bench_round import IN_MEMORY, REPOSITORY, Bench, BenchError, bench, file_system
+from tests.bench.bench_round import Bench, bench
+from tests.bench.place import IN_MEMORY, REPOSITORY, BenchError, file_system
 from tests.bench.processes import Sampler
 from tests.bench.weights import size
 from tests.support.federation import Federation
