@@ -7,9 +7,11 @@
     state_dir/cache/DIGEST                 downloaded blobs, least recently used first out
     state_dir/recycled/                    files that are over, for a while, to be written over
 
-A task is FETCHED until its update is whole on disk, TRAINED until the server gave its
-verdict, COMPLETED until the server says that the round is over. Everything here blocks;
-the daemon calls it in threads.
+A task is FETCHED until its update is whole, TRAINED until the server gave its verdict,
+COMPLETED until the server says that the round is over. An update is not synced at once: it
+survives the end of every process, and its entry says under which boot of the machine it was
+written; after a power loss it counts as not made. Everything here blocks; the daemon calls
+it in threads.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from fedlink.blobs import DIGEST_SIZE, MAX_BLOB_SIZE, BlobRef
 from fedlink.config import Config, Name
 from fedlink.errors import FedlinkError, Reason
 from fedlink.failpoints import reach
-from fedlink.files import make_directory, sync
+from fedlink.files import boot_id, make_directory, sync
 from fedlink.lock import holder, take
 from fedlink.recycle import Recycler
 from fedlink.run_file import MAX_JSON_BYTES
@@ -129,6 +131,8 @@ class Held(_Kept):
     order: Order
     outcome: Outcome | None = None
     """Set from TRAINED on."""
+    boot: str = ""
+    """The boot of the machine under which the result was written; empty once it has been synced."""
     completed: bool = False
     retryable: bool = False
     """It failed, and the server may give the same work again: its checkpoint is kept."""
@@ -145,9 +149,13 @@ class Held(_Kept):
             return Stage.COMPLETED
         return Stage.TRAINED if self.outcome else Stage.FETCHED
 
-    def trained(self, outcome: Outcome) -> Held:
-        """The entry once its result is on disk."""
-        return self.model_copy(update={"outcome": outcome})
+    def trained(self, outcome: Outcome, boot: str = "") -> Held:
+        """The entry once its result is written."""
+        return self.model_copy(update={"outcome": outcome, "boot": boot})
+
+    def secured(self) -> Held:
+        """The entry once its result has been synced."""
+        return self.model_copy(update={"boot": ""})
 
     def accepted(self) -> Held:
         """The entry once the server counts its result."""
@@ -195,13 +203,23 @@ class Spool:
         os.close(self._lock)
 
     def load(self) -> list[Held]:
-        """Every held task, the oldest first; removes what belongs to none."""
-        held, logger = [], log.get("spool")
+        """Every held task, the oldest first; removes what belongs to none.
+
+        A result that a power loss may have taken counts as not made; one that the server has accepted is dropped, for
+        the server gives the task again if it needs it.
+        """
+        held, logger, boot = list[Held](), log.get("spool"), boot_id()
         for path in sorted(self._journal.iterdir(), key=lambda p: p.stat().st_mtime_ns):
             if path.suffix == ".json":
                 try:
-                    held.append(Held.model_validate_json(path.read_bytes()))
-                    continue
+                    found = Held.model_validate_json(path.read_bytes())
+                    if found.boot in ("", boot):
+                        held.append(found)
+                        continue
+                    logger.warning("the machine went down before a result was synced", task=found.token.hex()[:8])
+                    if not found.completed:
+                        held.append(found.model_copy(update={"outcome": None, "boot": ""}))
+                        continue
                 except ValidationError as e:
                     logger.warning(
                         "dropped a journal entry that cannot be read", file=path.name, errors=e.error_count()
@@ -218,7 +236,7 @@ class Spool:
     def put(self, held: Held) -> None:
         """Write a journal entry; it survives a power loss once this returns.
 
-        Once no task is FETCHED any more that would go on from a checkpoint, the checkpoint is deleted.
+        Once no task would go on from a checkpoint any more, also after a power loss, the checkpoint is deleted.
         """
         path = self._journal / f"{held.token.hex()}.json"
         temporary = path.with_suffix(".tmp")
@@ -232,7 +250,7 @@ class Spool:
         self._held[held.token] = held
         if held.stage is Stage.FETCHED:
             self._drop_checkpoints(waits=CHECKPOINT_WAITS)
-        else:
+        elif not held.boot:
             self._drop_checkpoint(held)
 
     def drop(self, token: bytes, *, keep_checkpoint: bool = False) -> None:
@@ -253,8 +271,8 @@ class Spool:
                 self.recycler.give(path)
         shutil.rmtree(self._tasks / token.hex(), ignore_errors=True)
         held = self._held.pop(token, None)
-        # A trained task has none any more: what is there is a later round's, and may wait for its next attempt.
-        if held and held.stage is Stage.FETCHED and not keep_checkpoint:
+        # One whose result is safe has none any more: what is there is a later round's, for its next attempt.
+        if held and (held.stage is Stage.FETCHED or held.boot) and not keep_checkpoint:
             self._drop_checkpoint(held)
 
     def prepare_update(self, token: bytes, files: Mapping[str, int]) -> None:
@@ -289,7 +307,8 @@ class Spool:
         return self._checkpoints / order.checkpoint
 
     def _needed_checkpoints(self) -> set[str]:
-        return {h.order.checkpoint for h in self._held.values() if h.stage is Stage.FETCHED and h.order.update}
+        unsure = (h for h in self._held.values() if h.stage is Stage.FETCHED or h.boot)
+        return {h.order.checkpoint for h in unsure if h.order.update}
 
     def _drop_checkpoint(self, held: Held) -> None:
         if held.order.update and held.order.checkpoint not in self._needed_checkpoints():

@@ -2,9 +2,10 @@
 
     FETCHED ── fetch the model, train ──▶ TRAINED ── upload, complete ──▶ COMPLETED or gone
 
-Every arrow ends with a journal entry, so that a restart begins at the last one; the upload
-begins while what was trained is still being made safe from a power loss. A device is held
-only for the first arrow. What ends a task early, and what becomes of it:
+Every arrow ends with a journal entry, so that a restart begins at the last one. A result is
+made safe from a power loss if it is not over soon: until then, all that could be lost is one
+training. A device is held only for the first arrow. What ends a task early, and what becomes
+of it:
 
     the site's terms forbid it, the trainer fails     reported, forgotten
     the server says it is over or cancels it          forgotten
@@ -35,6 +36,7 @@ from fedlink import log
 from fedlink.config import explain
 from fedlink.errors import FedlinkError, Reason
 from fedlink.failpoints import reach
+from fedlink.files import boot_id
 from fedlink.tensors import Kind
 
 TASK_OVER = frozenset({Reason.TASK_NOT_FOUND, Reason.ROUND_CLOSED, Reason.TASK_COMPLETED})
@@ -52,6 +54,10 @@ SESSION_OVER = frozenset(
     }
 )
 """The server refuses this daemon, or can only be reached again by its next start: it stops."""
+SECURE_AFTER = 20.0
+"""Seconds after which a result is synced that is not over. Before that it would only be in the way of the upload."""
+STILL = 2.0
+"""Seconds without a byte sent after which a result that the server has not accepted is synced at once."""
 LEAST_BEAT = 1.0
 """Seconds between two heartbeats at least, unless the lease is shorter."""
 
@@ -139,7 +145,7 @@ class Work:
         self._say_dropped = say_dropped
         self._trainer: TrainerHandle | None = None
         self._encoded: Encoded | None = None
-        self._keeping: asyncio.Task[None] | None = None
+        self._securing: asyncio.Task[None] | None = None
         self._log = log.get("task").bind(
             client=tools.client, run=held.order.run, round=held.order.round, task=self.short_name
         )
@@ -156,8 +162,6 @@ class Work:
 
     async def compute(self, trainer: GetTrainer) -> TaskFailure | None:
         """Bring a FETCHED task to TRAINED; answers what the server must be told if that cannot be.
-
-        Its journal entry is on the disk when `deliver` completes the task.
 
         Raises:
             FedlinkError: the task or the session is over.
@@ -184,13 +188,12 @@ class Work:
         Raises:
             FedlinkError: the task or the session is over.
         """
+        if self.held.boot and self._securing is None:
+            self._securing = asyncio.create_task(self._secure())
         try:
             accepted = await self._deliver()
         except (FedlinkError, OSError) as e:
             return _unavailable(e)
-        finally:
-            if self._keeping:
-                self._keeping.cancel()
         if accepted and self.order.update:
             if not self.held.completed:
                 self.held = self.held.accepted()
@@ -218,6 +221,8 @@ class Work:
     async def forget(self) -> None:
         """Delete everything kept of the task, but the checkpoint that another attempt may go on from."""
         tools, token = self._tools, self.held.token
+        if self._securing:
+            self._securing.cancel()
         try:
             await tools.on_disk(partial(tools.spool.drop, token, keep_checkpoint=self.held.retryable))
         except OSError as e:
@@ -312,8 +317,10 @@ class Work:
         began = time.monotonic()
         result = await self._train(get_trainer, job)
         reach("update.computed")
-        self.held = self.held.trained(self._outcome(result))
-        self._keeping = asyncio.create_task(self._keep(self.held))
+        trained = self.held.trained(self._outcome(result), boot_id() if order.update else "")
+        await self._until_it_works(lambda: tools.on_disk(self._keep_result, trained), hopeless=_NOT_KEPT)
+        self.held = trained
+        await tools.transfer.let_go(token)
         self._log.info(
             "computed",
             activity=order.activity,
@@ -322,10 +329,21 @@ class Work:
             seconds=_since(began),
         )
 
-    async def _keep(self, trained: Held) -> None:
-        tools = self._tools
-        await self._until_it_works(lambda: tools.on_disk(self._keep_result, trained), hopeless=_NOT_KEPT)
-        await tools.transfer.let_go(trained.token)
+    async def _secure(self) -> None:
+        """Have a result that is not over soon survive a power loss."""
+        clock = asyncio.get_running_loop().time
+        due, still = clock() + SECURE_AFTER, False
+        while clock() < due and not still:
+            await asyncio.sleep(STILL / 4)
+            still = not self.held.completed and clock() - self.status.moved > STILL
+        spool, token = self._tools.spool, self.held.token
+        try:
+            await self._until_it_works(lambda: asyncio.to_thread(spool.keep_files, token), hopeless=_NOT_KEPT)
+            self.held = self.held.secured()
+            await self._until_it_works(lambda: self._tools.on_disk(spool.put, self.held))
+            self._log.info("synced the result")
+        except OSError as e:
+            self._log.error("a result could not be synced; it is safe while the machine runs", error=e.strerror)
 
     async def _train(self, get_trainer: GetTrainer, job: Job) -> Result:
         while True:
@@ -375,7 +393,8 @@ class Work:
         spool, token = self._tools.spool, self.held.token
         if self.order.update:
             drop_model_files(spool.model_dir(token))
-            spool.keep_files(token)
+            if not trained.boot:
+                spool.keep_files(token)
         spool.put(trained)
 
     def _outcome(self, result: Result) -> Outcome:
@@ -415,8 +434,6 @@ class Work:
                 await self._send(self._encoded)
             reach("update.sent")
         update = self._encoded.manifest.ref if self._encoded else None
-        if self._keeping:
-            await self._keeping
         attempts = 0
         while True:
             try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ import numpy as np
 
 from fedlink.errors import FedlinkError, Reason
 from fedlink.failpoints import reach
+from fedlink.files import sync
 from fedlink.manifest import Manifest, TensorEntry, manifest_of_files
 from fedlink.recycle import Recycler
 from fedlink.tensors import DTYPES, Header, Kind, Role, TensorSpec, shard_name, windows
@@ -80,9 +81,18 @@ def aggregate(
     donor = max(ordered, key=lambda c: c.num_examples)
     plan = _Plan(model, master, ordered, donor, pipeline, out_dir, recycler, unwanted)
     changing = [i for i in range(len(model.files)) if any(_changes(t) for t in model.manifest.in_file(i))]
-    with naming_a_full_disk(out_dir), ThreadPoolExecutor(workers, "fold") as pool:
-        folded = dict(zip(changing, pool.map(lambda i: _ShardFold(plan, i).run(), changing), strict=True))
+    with naming_a_full_disk(out_dir), ThreadPoolExecutor(1, "sync") as syncing:
+        with ThreadPoolExecutor(workers, "fold") as pool:
+            folded = dict(zip(changing, pool.map(lambda i: _ShardFold(plan, i).run(syncing), changing), strict=True))
+        # Whoever stores the files waits for the disk: it has begun while the next shards were computed.
+        for shard in folded.values():
+            shard.synced.result()
     return _assemble(model.manifest, folded)
+
+
+def _sync_written(files: Sequence[WrittenFile]) -> None:
+    for file in files:
+        sync(file.path)
 
 
 def _changes(entry: TensorEntry) -> bool:
@@ -113,6 +123,7 @@ class _FoldedShard:
     file: WrittenFile
     header: Header
     master: tuple[WrittenFile, Header] | None
+    synced: Future[None]
 
 
 class _ShardFold:
@@ -126,8 +137,8 @@ class _ShardFold:
         self._raw = np.empty(WINDOW * 8, np.uint8)
         self._values, self._direction, self._lent = (np.empty(WINDOW) for _ in range(3))
 
-    def run(self) -> _FoldedShard:
-        """Write the shard, and its master if it needs one."""
+    def run(self, syncing: Executor) -> _FoldedShard:
+        """Write the shard, and its master if it needs one, and have them synced."""
         count = len(self._plan.model.files)
         narrow = [TensorSpec(t.spec.name, "F32", t.spec.shape) for t in self._entries if _is_narrow(t.spec)]
         master_path = self._plan.out_dir / shard_name(self._index, count, "master")
@@ -141,7 +152,9 @@ class _ShardFold:
                 self._fold(entry, out, master)
         reach("fold.shard")
         file = out.finish(self._plan.model.manifest.files[self._index].name)
-        return _FoldedShard(file, out.header, (master.finish(master_path.name), master.header) if master else None)
+        mastered = (master.finish(master_path.name), master.header) if master else None
+        synced = syncing.submit(_sync_written, [file, mastered[0]] if mastered else [file])
+        return _FoldedShard(file, out.header, mastered, synced)
 
     def _fold(self, entry: TensorEntry, out: NamingWriter, master: NamingWriter | None) -> None:
         spec = entry.spec

@@ -67,7 +67,7 @@ class WrittenFile:
 
 @dataclass(frozen=True, slots=True)
 class NewVersion:
-    """The next version of a model. Nothing is synced yet."""
+    """The next version of a model; its files have been synced, their directory has not."""
 
     model: Manifest
     master: Manifest | None

@@ -14,6 +14,7 @@ from pathlib import Path
 from sqlalchemy import Connection
 
 from fedlink import log as logs
+from fedlink.files import boot_id
 from fedserver.rounds.model import Phase, TaskState
 from fedserver.runtime import records
 from fedserver.runtime.imports import abandoned
@@ -34,7 +35,7 @@ async def recover(database: Database, store: BlobStore, spool: Spool, scratch: P
     A task whose accepted update was lost is open again afterwards, with reason UPDATE_LOST.
     """
     log = logs.get("recovery")
-    boot = await asyncio.to_thread(_boot_id)
+    boot = await asyncio.to_thread(boot_id)
     previous = await database.run(lambda c: model_queries.get_meta(c, "boot_id"))
     uploads = await database.run(lambda c: _expire_uploads(c, spool))
     known = {u.id for u in uploads}
@@ -61,14 +62,6 @@ async def recover(database: Database, store: BlobStore, spool: Spool, scratch: P
         await database.run(lambda c: model_queries.set_meta(c, "boot_id", boot))
     if swept or reopened:
         log.warning("recovered", swept=swept, uploads_torn=len(torn), tasks_asked_again=reopened)
-
-
-def _boot_id() -> str:
-    """Which boot this is; empty where the system does not say, which counts as a new one each time."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return ""
 
 
 def _expire_uploads(c: Connection, spool: Spool) -> list[UploadRow]:

@@ -81,6 +81,17 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
+def boot_id() -> str:
+    """Which boot of this machine this is; empty where the system does not say.
+
+    What was written and not synced is there as long as it is the same.
+    """
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
 def make_directory(path: Path, mode: int = 0o777) -> None:
     """Make a directory, with its parents, if it is not there; it survives a power loss once this returns.
 

@@ -94,7 +94,8 @@ def test_the_server_loses_power(federation: OnDisks, tmp_path: Path, so: Path, s
     assert disk.fired("answered") == 1 + len(losses) == 4
 
 
-def test_a_site_loses_power(federation: OnDisks, tmp_path: Path, so: Path) -> None:
+@pytest.mark.parametrize("at", ["once the result is safe", "once it is there"])
+def test_a_site_loses_power(federation: OnDisks, tmp_path: Path, so: Path, at: str) -> None:
     start = {"w": np.linspace(-1, 1, 50_000, dtype=np.float32), "b": np.ones(3, np.float32)}
     disk = LyingDisk(tmp_path / "disk", so)
     federation.disks["a"] = disk
@@ -116,12 +117,14 @@ def test_a_site_loses_power(federation: OnDisks, tmp_path: Path, so: Path) -> No
         daemon = a.daemon
         assert daemon is not None
         # The result is there, and nobody to send it to.
-        until(lambda: '"activity": "train", "examples"' in daemon.text(), "the result")
+        said = "synced the result" if at == "once the result is safe" else '"activity": "train", "examples"'
+        until(lambda: said in daemon.text(), "the result")
         a.kill()
+        safe = "synced the result" in daemon.text()
         lost = disk.lose_power(3)
         assert lost.files or lost.entries
         a.start()
         federation.start_server()
         federation.finish("r")
         arrays_equal(federation.export("r"), expected(start, [SITES["a"]], 1))
-        assert [r for r, _ in a.trained] == [1]
+        assert [r for r, _ in a.trained] == ([1] if safe else [1, 1])

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from fedclient import spool as spool_module
 from fedclient.spool import MAX_CACHED_FILES, BlobCache, Held, Outcome, Spool, Stage, in_use
 from fedlink.errors import FedlinkError
 from fedlink.tensors import Kind
@@ -252,3 +253,31 @@ def test_a_look_at_the_lock_keeps_no_daemon_from_starting(tmp_path: Path) -> Non
         Spool(tmp_path)
     spool.close()
     assert not in_use(tmp_path)
+
+
+def test_what_a_power_loss_may_have_taken_counts_as_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    boot = "first"
+    monkeypatch.setattr(spool_module, "boot_id", lambda: boot)
+    spool = Spool(tmp_path)
+    trained, accepted, secured = (Held(order=order(bytes([n]))) for n in range(3))
+    for held in (trained, accepted, secured):
+        spool.prepare_update(held.token, {})
+    spool.checkpoint_dir(trained.order).mkdir()
+    spool.put(trained.trained(OUTCOME, boot))
+    spool.put(accepted.trained(OUTCOME, boot).accepted())
+    spool.put(secured.trained(OUTCOME, boot).secured())
+    spool.close()
+    again = Spool(tmp_path)
+    assert [h.stage for h in again.load()] == [Stage.TRAINED, Stage.COMPLETED, Stage.TRAINED]
+    # It may be needed after all.
+    assert again.checkpoint_dir(trained.order).exists()
+    again.close()
+    boot = "second"
+    after = Spool(tmp_path)
+    assert [(h.token, h.stage) for h in after.load()] == [
+        (trained.token, Stage.FETCHED),
+        (secured.token, Stage.TRAINED),
+    ]
+    assert after.checkpoint_dir(trained.order).exists()
+    assert not after.update_dir(accepted.token).exists()
+    after.close()
