@@ -40,7 +40,7 @@ def measure(rows: Sequence[Row], given: argparse.Namespace, results: dict[str, A
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         for number, row in enumerate(rows, 1):
             title = f"{row.name} ({number} of {len(rows)})"
-            load = os.getloadavg()[0]
+            load, commit = os.getloadavg()[0], _commit()
             console.print(f"[bold]{title}[/]: {row.what}; load average {load:.2f}")
             task = progress.add_task(title, total=None)
             row_began = time.monotonic()
@@ -55,7 +55,7 @@ def measure(rows: Sequence[Row], given: argparse.Namespace, results: dict[str, A
             now = dt.datetime.now(dt.UTC).strftime("%Y-%m-%d %H:%M UTC")
             results["rows"][row.name] = {
                 "when": now,
-                "commit": _commit(),
+                "commit": commit,
                 "load_average": round(load, 2),
                 "seconds": round(seconds, 1),
                 "repeat": ground.repeat,

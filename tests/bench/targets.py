@@ -30,7 +30,7 @@ ROWS = (
             Target("server_gpt2-medium", "server, gpt2-medium x 4", 350, 200, " MB"),
             Target("server_gpt2-xl", "server, gpt2-xl x 1", 350, 200, " MB"),
             Target("spread", "server, largest / smallest of these", 1.3, None, " x"),
-            Target("daemon", "client daemon, any of these", 200, 120, " MB"),
+            Target("daemon", "client daemon, the largest of these", 200, 120, " MB"),
             Target("trainer", "torch trainer over torch alone, gpt2, / model", 2.1, 1.6, " x"),
         ),
         repeat=1,
