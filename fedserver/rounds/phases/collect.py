@@ -28,7 +28,11 @@ def step(current: Round, event: Event) -> tuple[Round, list[Action]]:
     actions: list[Action] = []
     match event:
         case TaskChanged():
+            before = current.tasks.get(event.client)
             current, actions = _follow(current, event)
+            if before and before.state.waited_for and event.state.waited_for:
+                # Nothing that could end the round has changed; all of a thousand sites begin at once.
+                return current, actions
         case CloseRequested() if len(current.accepted) >= current.policy.least:
             return _close(current)
         case Tick(now=now) if current.deadline_at is not None and now >= current.deadline_at:
