@@ -228,6 +228,23 @@ async def test_a_site_reaches_only_what_its_tasks_refer_to(fed: Server):
     assert e.value.reason is Reason.BLOB_MISSING
 
 
+async def test_what_a_site_computed_again_displaces_what_it_sent_before(fed: Server):
+    await fed.join("a")
+    await fed.create(**ONE, **QUIET)
+    task = await fed.task("a")
+    caller, purpose = Caller("a", operator=False), TaskPurpose(task.token)
+    # Each but the first is too much beside the one before; what was displaced is bounded, too.
+    sent = 0
+    with pytest.raises(FedlinkError) as e:
+        while sent < 40:
+            await fed.upload(caller, purpose, bytes([sent]) * (5 << 20))
+            assert spooled(fed) == 1
+            sent += 1
+    assert e.value.reason is Reason.TOO_LARGE
+    assert 3 < sent < 12
+    assert spooled(fed) == 1
+
+
 async def test_what_a_task_may_upload_is_bounded(fed: Server):
     await fed.join("a")
     await fed.create(**ONE, **QUIET)
