@@ -235,11 +235,16 @@ async def test_what_a_site_computed_again_displaces_what_it_sent_before(fed: Ser
     caller, purpose = Caller("a", operator=False), TaskPurpose(task.token)
     # Each but the first is too much beside the one before; what was displaced is bounded, too.
     sent = 0
-    with pytest.raises(FedlinkError) as e:
+
+    async def send() -> None:
+        nonlocal sent
         while sent < 40:
             await fed.upload(caller, purpose, bytes([sent]) * (5 << 20))
             assert spooled(fed) == 1
             sent += 1
+
+    with pytest.raises(FedlinkError) as e:
+        await send()
     assert e.value.reason is Reason.TOO_LARGE
     assert 3 < sent < 12
     assert spooled(fed) == 1
