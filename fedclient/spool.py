@@ -149,6 +149,11 @@ class Held(_Kept):
             return Stage.COMPLETED
         return Stage.TRAINED if self.outcome else Stage.FETCHED
 
+    @property
+    def unsure(self) -> bool:
+        """Whether it may have to be trained yet, if only after a power loss."""
+        return self.stage is Stage.FETCHED or (self.stage is Stage.TRAINED and bool(self.boot))
+
     def trained(self, outcome: Outcome, boot: str = "") -> Held:
         """The entry once its result is written."""
         return self.model_copy(update={"outcome": outcome, "boot": boot})
@@ -250,7 +255,7 @@ class Spool:
         self._held[held.token] = held
         if held.stage is Stage.FETCHED:
             self._drop_checkpoints(waits=CHECKPOINT_WAITS)
-        elif not held.boot:
+        elif not held.unsure:
             self._drop_checkpoint(held)
 
     def drop(self, token: bytes, *, keep_checkpoint: bool = False) -> None:
@@ -272,7 +277,7 @@ class Spool:
         shutil.rmtree(self._tasks / token.hex(), ignore_errors=True)
         held = self._held.pop(token, None)
         # One whose result is safe has none any more: what is there is a later round's, for its next attempt.
-        if held and (held.stage is Stage.FETCHED or held.boot) and not keep_checkpoint:
+        if held and held.unsure and not keep_checkpoint:
             self._drop_checkpoint(held)
 
     def prepare_update(self, token: bytes, files: Mapping[str, int]) -> None:
@@ -307,8 +312,7 @@ class Spool:
         return self._checkpoints / order.checkpoint
 
     def _needed_checkpoints(self) -> set[str]:
-        unsure = (h for h in self._held.values() if h.stage is Stage.FETCHED or h.boot)
-        return {h.order.checkpoint for h in unsure if h.order.update}
+        return {h.order.checkpoint for h in self._held.values() if h.unsure and h.order.update}
 
     def _drop_checkpoint(self, held: Held) -> None:
         if held.order.update and held.order.checkpoint not in self._needed_checkpoints():

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import os
 import signal
+import sys
+import threading
 from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -53,6 +55,8 @@ from fedserver.store.spool import Spool
 
 _GRACE_SECONDS = 3.0
 _DISK_THREADS = 8
+_NICE = 5
+"""So much behind the event loop's thread are those that hash, check, average and write."""
 _SERVICES = ("fedlink.v1.AdminService", "fedlink.v1.BlobService", "fedlink.v1.CoordinationService")
 
 
@@ -145,7 +149,7 @@ async def running(settings: ServerSettings) -> AsyncIterator[App]:
         database = Database(settings.database_url, disk=storage.disk)
         stack.callback(database.close)
         database.open()
-        executor = stack.enter_context(ThreadPoolExecutor(_DISK_THREADS, "disk"))
+        executor = stack.enter_context(_threads())
         await recover(database, store, spool, data_dir / "tmp")
         reach("server.recovered")
         parts, engine = _build(settings, database, storage)
@@ -201,6 +205,19 @@ async def running(settings: ServerSettings) -> AsyncIterator[App]:
             parts.board.drain()
             await asyncio.gather(sites_server.stop(_GRACE_SECONDS), admin_server.stop(_GRACE_SECONDS))
             socket.unlink(missing_ok=True)
+
+
+def _threads() -> ThreadPoolExecutor:
+    """Those for the bytes of bulk streams; what else blocks gets the event loop's own."""
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(None, "work", _step_back))
+    return ThreadPoolExecutor(_DISK_THREADS, "disk", _step_back)
+
+
+def _step_back() -> None:
+    """Let the event loop's thread go before this one: a heartbeat takes it a moment, a chunk takes them longer."""
+    # Elsewhere the system sets the priority of whole processes only.
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
 @contextlib.asynccontextmanager

@@ -287,7 +287,7 @@ def test_too_much(federation: Federation, peer: Make) -> None:
         eve.start(task.token, b"", blob=ref_to_pb(BlobRef(os.urandom(32), 1 << 60)), chunk_digests=b"")
     # Not in one piece, nor in many.
     with refusal(Reason.TOO_LARGE):
-        for i in range(40):
+        for i in range(80):
             eve.start(task.token, bytes([i]) * (1 << 20))
     with refusal(Reason.TOO_LARGE):
         request = pb.CompleteTaskRequest(token=task.token, num_examples=1)
