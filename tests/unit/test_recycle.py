@@ -10,8 +10,10 @@ from typing import NamedTuple
 import pytest
 
 from fedlink import recycle
+from fedlink.errors import FedlinkError
 from fedlink.files import open_to_fill
 from fedlink.recycle import KEPT_SECONDS, Recycler
+from fedserver.store.disk import Disk
 
 MIB = 1 << 20
 
@@ -107,3 +109,17 @@ def test_what_an_earlier_process_kept_goes(tmp_path: Path) -> None:
     Recycler(tmp_path / "recycled").give(old(tmp_path, "a", 2 * MIB))
     assert Recycler(tmp_path / "recycled").held == 0
     assert not list((tmp_path / "recycled").iterdir())
+
+
+def test_what_is_kept_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recycler = Recycler(tmp_path / "recycled")
+    recycler.give(old(tmp_path, "a", 2 * MIB))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: _Usage(1 << 40, 0, 20 * MIB - recycler.held))
+    disk = Disk(tmp_path, reserve=MIB, spare=recycler)
+    assert disk.room == 19 * MIB
+    disk.check_room(17 * MIB, "a blob")
+    assert recycler.held == 2 * MIB
+    disk.check_room(19 * MIB, "a blob")
+    assert recycler.held == 0
+    with pytest.raises(FedlinkError):
+        disk.check_room(19 * MIB + 1, "a blob")
