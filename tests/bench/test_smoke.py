@@ -29,7 +29,7 @@ LIMITS = {
     # Most resident MB of the server with resnet18 x 2: 162. The tests' server holds some 20 MB of the client's.
     "server_mb": 290.0,
 }
-"""The most that passes: below twice of what was measured on two cores. Under loads of 4 to 8 that was up to a third more."""
+"""The most that passes: below twice of what was measured. Under loads of 4 to 8 that was up to a third more."""
 
 CLIENTS, ROUNDS, TINY_ROUNDS, FLOOR_ROUNDS = 2, 4, 8, 8
 
