@@ -362,6 +362,9 @@ class Work:
         False if it fits at once: then it was not this disk that had no room.
         """
         attempts, seldom, size = 0, log.Seldom(), self.order.max_update_bytes
+        recycler = self._tools.spool.recycler
+        spare = recycler.held
+        await asyncio.to_thread(recycler.clear)
         update_dir = self._tools.spool.update_dir(self.held.token)
         while refusal := await asyncio.to_thread(refuses, update_dir, size):
             if seldom.due():
@@ -369,7 +372,7 @@ class Work:
                 self._log.error(text, error=refusal, bytes=size)
             attempts += 1
             await asyncio.sleep(BACKOFF.delay(attempts, self._tools.rng))
-        return attempts > 0
+        return attempts > 0 or spare > 0
 
     async def _until_it_works(self, act: Callable[[], Awaitable[_T]], hopeless: frozenset[int] = _GONE) -> _T:
         """Do something with a finished result, again and again whatever the site's system says but what is hopeless.
@@ -384,6 +387,7 @@ class Work:
             except OSError as e:
                 if e.errno in hopeless:
                     raise
+                await asyncio.to_thread(self._tools.spool.recycler.clear)
                 if seldom.due():
                     self._log.error("the site's system refuses; the finished result waits", error=e.strerror)
                 attempts += 1

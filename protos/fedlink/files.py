@@ -48,13 +48,16 @@ def open_to_fill(path: str | os.PathLike[str], size: int) -> int:
         OSError: as the system says.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    before = os.fstat(fd)
     try:
-        before = os.fstat(fd)
         if before.st_size != size:
             os.truncate(fd, size)
         if min(before.st_size, before.st_blocks * _BLOCK) < size:
             _allocate(fd, size)
     except BaseException:
+        # What could be had must not stay taken.
+        with contextlib.suppress(OSError):
+            os.truncate(fd, min(size, before.st_size))
         os.close(fd)
         raise
     return fd

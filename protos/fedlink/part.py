@@ -47,7 +47,13 @@ class PartFile:
         self.has_list = self._list is not None
         if recycler and not self._part.exists():
             recycler.take(self._part, ref.size)
-        self._fd = open_to_fill(self._part, ref.size)
+        try:
+            self._fd = open_to_fill(self._part, ref.size)
+        except OSError:
+            if not recycler or not recycler.held:
+                raise
+            recycler.clear()
+            self._fd = open_to_fill(self._part, ref.size)
 
     def resume(self) -> None:
         """Hash what an earlier attempt left and keep what matches; call it first.

@@ -39,8 +39,9 @@ class Recycler:
         self._numbers = itertools.count()
         self._kept: dict[Path, tuple[int, float]] = {}
         """Size, and since when it has been kept; the oldest first."""
-        shutil.rmtree(root, ignore_errors=True)
-        root.mkdir(mode=0o700, parents=True)
+        # Emptied and not made anew, which a full disk might refuse.
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _delete(root.iterdir())
 
     @property
     def held(self) -> int:
@@ -62,7 +63,12 @@ class Recycler:
             path.unlink()
             return
         kept = self._root / str(next(self._numbers))
-        path.rename(kept)
+        try:
+            path.rename(kept)
+        except OSError:
+            # On a file system of its own, as a volume for the blobs would be, it is of no use here.
+            path.unlink()
+            return
         with self._lock:
             self._kept[kept] = status.st_size, time.monotonic()
 
@@ -72,12 +78,12 @@ class Recycler:
         Its content, and its exact size, are whatever they were.
         """
         while kept := self._nearest(size):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 # Nobody can give it a second name in here, but may have just before it came.
                 if kept.stat().st_nlink == 1:
                     kept.rename(target)
                     return
-                kept.unlink()
+            _delete([kept])
 
     async def expiring(self) -> None:
         """Delete what has waited too long, for ever."""

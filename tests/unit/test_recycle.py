@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -123,3 +124,30 @@ def test_what_is_kept_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert recycler.held == 0
     with pytest.raises(FedlinkError):
         disk.check_room(19 * MIB + 1, "a blob")
+
+
+def test_another_file_system_only_means_that_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recycler = Recycler(tmp_path / "recycled")
+    recycler.give(old(tmp_path, "a", 2 * MIB))
+
+    def elsewhere(*_: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(Path, "rename", elsewhere)
+    recycler.give(old(tmp_path, "b", 2 * MIB))
+    recycler.take(tmp_path / "target", 2 * MIB)
+    assert recycler.held == 0
+    assert [p.name for p in tmp_path.rglob("*")] == ["recycled"]
+
+
+def test_a_disk_without_room_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = old(tmp_path, "a", MIB)
+
+    def half(fd: int, _: int, size: int) -> None:
+        os.pwrite(fd, b"x", size // 2)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", half)
+    with pytest.raises(OSError, match="No space"):
+        open_to_fill(path, 8 * MIB)
+    assert path.read_bytes() == b"o" * MIB
