@@ -1,22 +1,8 @@
-"""How much memory the trainer process uses, and whether an exception means that there was too little."""
+"""How much memory torch takes on a device, and whether an exception means that there was too little."""
 
 from __future__ import annotations
 
-import resource
 import sys
-from pathlib import Path
-
-
-def peak_memory() -> int:
-    """Peak resident memory of this process in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # ru_maxrss counts what the daemon held when it forked; VmHWM begins anew with the program.
-        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) << 10
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak << 10
 
 
 def peak_device_memory() -> int:

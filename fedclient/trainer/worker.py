@@ -29,7 +29,7 @@ import numpy as np
 from fedclient.trainer.api import CancelledJob, Context, Site, Workload, derive_seed
 from fedclient.trainer.checkpoint import Checkpoints, CheckpointUnusable
 from fedclient.trainer.files import Loader, ModelDirectory, write_model, write_update
-from fedclient.trainer.memory import is_out_of_memory, peak_device_memory, peak_memory
+from fedclient.trainer.memory import is_out_of_memory, peak_device_memory
 from fedclient.trainer.pipe import Pipe
 from fedclient.trainer.schema import parse_settings, settings_schema
 from fedclient.trainer.state import State, state_of
@@ -48,6 +48,7 @@ from fedclient.trainer.wire import (
 )
 from fedlink import failpoints
 from fedlink.failpoints import reach
+from fedlink.memory import peak_memory
 
 _MAX_TEXT = 4000
 

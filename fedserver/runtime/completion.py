@@ -154,6 +154,9 @@ class Completions:
             except FedlinkError as e:
                 if e.reason in _NOT_A_VERDICT:
                     raise
+                if self._board.get(task.token) is not task:
+                    # Its files may have gone, or hold something else by now.
+                    raise closed(task.row) from None
                 await self._rule_out_the_disk(task, e)
                 tensor = e.metadata.get("tensor", "")
                 return Verdict(accepted=False, reason=e.reason.name, tensor=tensor, message=str(e))

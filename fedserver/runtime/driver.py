@@ -23,6 +23,7 @@ from sqlalchemy import Connection
 from fedlink import log as logs
 from fedlink.errors import FedlinkError, Reason
 from fedlink.failpoints import reach
+from fedlink.memory import peak_memory
 from fedserver.rounds.explain import RunView, Wait, absentees, account
 from fedserver.rounds.machine import step
 from fedserver.rounds.model import (
@@ -47,7 +48,6 @@ from fedserver.runtime import outlook, records
 from fedserver.runtime.aggregation import Aggregation
 from fedserver.runtime.board import OpenTask
 from fedserver.runtime.evaluations import Evaluations
-from fedserver.runtime.memory import peak_memory
 from fedserver.runtime.parts import Parts
 from fedserver.runtime.tidying import Tidying
 from fedserver.runtime.versions import StoredVersion

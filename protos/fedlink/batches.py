@@ -21,11 +21,6 @@ BATCH_CHUNKS = 4
 """Chunks handed to the disk at once, at most."""
 
 
-def full_batches() -> int:
-    """What a stream may have if it need not share memory with many others."""
-    return BATCH_CHUNKS
-
-
 async def settled(future: asyncio.Future[Any]) -> None:
     """Wait until a future is over, even through cancellations, which then follow.
 
@@ -50,7 +45,7 @@ async def read_ahead(
     stop: int,
     executor: Executor | None = None,
     *,
-    batch: Callable[[], int] = full_batches,
+    batch: Callable[[], int],
 ) -> AsyncGenerator[list[tuple[int, bytes]], None]:
     """Yield the chunks of [start, stop) in batches, as `(offset of the end, serialized chunk message)`.
 
@@ -106,7 +101,7 @@ class WriteBehind:
         start: int,
         executor: Executor | None = None,
         *,
-        batch: Callable[[], int] = full_batches,
+        batch: Callable[[], int],
     ) -> None:
         self.position = start
         """Where the next chunk has to begin."""

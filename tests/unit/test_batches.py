@@ -18,7 +18,7 @@ async def test_a_batch_that_ends_while_its_writer_is_leaving_counts_as_written()
         gate.wait()
         return offset + sum(len(c) for c in chunks)
 
-    async with WriteBehind(write, 0) as behind:
+    async with WriteBehind(write, 0, batch=lambda: 4) as behind:
         await behind.put(b"chunk")
         gate.set()
         time.sleep(0.1)

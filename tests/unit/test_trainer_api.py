@@ -199,7 +199,7 @@ def test_peak_memory_follows_an_allocation():
     # In a process of its own: this one has had its peak long ago.
     code = """
 import numpy as np
-from fedclient.trainer.memory import peak_memory
+from fedlink.memory import peak_memory
 before = peak_memory()
 block = np.ones(64 << 20, np.uint8)
 after = peak_memory()

@@ -1,4 +1,4 @@
-"""How much memory the server's process has had."""
+"""How much memory a process has had."""
 
 from __future__ import annotations
 
