@@ -71,7 +71,7 @@ class ServerSettings(Config):
     """SQLAlchemy URL; by default SQLite in the data directory."""
     lease_term: Seconds = Field(30.0, ge=1, le=86400)
     """Seconds without a sign after which a task is away and a site not connected."""
-    max_poll_wait: Seconds = Field(20.0, ge=0.1, le=30)
+    max_poll_wait: Seconds = Field(25.0, ge=0.1, le=30)
     """Seconds a poll is held; below the lease term, so that a waiting site counts as connected."""
     bulk_streams: int = Field(8, ge=1, le=256)
     """Bulk streams that may use about 12 MiB each; up to three times as many share that memory."""

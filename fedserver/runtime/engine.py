@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import time
 from collections.abc import Awaitable, Callable, Iterable
@@ -34,6 +35,8 @@ from fedserver.store.queries import tasks as task_queries
 from fedserver.store.rows import ModelRow, RunRow, VersionRow
 
 _TICK_SECONDS = 0.25
+_LOOK_EVERY = 4
+"""Ticks between two looks at all sites: there may be thousands."""
 _SETTLE_SECONDS = 0.05
 
 
@@ -255,9 +258,10 @@ class Engine:
 
     async def _clock(self) -> None:
         board, sites = self._parts.board, self._parts.sites
-        while True:
+        for tick in itertools.count():
             await asyncio.sleep(_TICK_SECONDS)
-            await self._guarded(sites.look_round)
+            if tick % _LOOK_EVERY == 0:
+                await self._guarded(sites.look_round)
             self._leavings = [left for left in self._leavings if not left.idle]
             if board.draining and not self.under_way():
                 self.drained.set()

@@ -285,7 +285,7 @@ class SiteRegistry:
 
     async def look_round(self) -> None:
         """Write down which sites have come or gone since the last look, for the start after a crash."""
-        # Four times a second for a thousand sites: who polls needs no further look.
+        # Who polls needs no further look.
         changed = [
             s
             for s in self._sites.values()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fedlink.errors import FedlinkError, Reason
 from fedlink.rpc import META_AUTHORIZATION, META_CLIENT, META_SESSION, metadata_value
 from fedserver.runtime.access import Caller
 from fedserver.runtime.sites import Site, SiteRegistry
 from fedserver.services.certificates import Certificates
 from fedserver.services.status import Context
+
+_Metadata = Sequence[tuple[str, str | bytes]]
 
 _BEARER = "Bearer "
 _MAX_TOKEN = 256
@@ -31,7 +35,9 @@ class SiteIdentity:
         Raises:
             FedlinkError: BAD_CREDENTIALS, BAD_NAME.
         """
-        metadata = _metadata(context)
+        return self._name(context, _metadata(context))
+
+    def _name(self, context: Context, metadata: _Metadata) -> str:
         if self._certificates:
             return self._by_certificate(self._certificates, context, metadata_value(metadata, META_CLIENT))
         name, authorization = metadata_value(metadata, META_CLIENT), metadata_value(metadata, META_AUTHORIZATION)
@@ -61,8 +67,9 @@ class SiteIdentity:
         Raises:
             FedlinkError: BAD_CREDENTIALS, SESSION_UNKNOWN, SESSION_REPLACED.
         """
-        session = metadata_value(_metadata(context), META_SESSION)
-        return self._sites.check_session(self.name(context), session if isinstance(session, bytes) else b"")
+        metadata = _metadata(context)
+        session = metadata_value(metadata, META_SESSION)
+        return self._sites.check_session(self._name(context, metadata), session if isinstance(session, bytes) else b"")
 
     async def caller(self, context: Context) -> Caller:
         """The calling site, for the blob service."""
@@ -89,5 +96,5 @@ async def operator(context: Context) -> Caller:
     return Caller("operator", operator=True)
 
 
-def _metadata(context: Context) -> list[tuple[str, str | bytes]]:
+def _metadata(context: Context) -> _Metadata:
     return [(str(key), value) for key, value in context.invocation_metadata() or ()]

@@ -14,7 +14,7 @@ from tests.bench.table import Found, Ground, SkippedRow
 from tests.support.federation import Federation
 
 PROCESSES = 4
-WINDOW = 40.0
+WINDOW = 50.0
 """Seconds of idleness that are looked at: two polls of every site."""
 _SETTLE = 5.0
 _SPARE_FILES = 500
