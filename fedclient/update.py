@@ -64,7 +64,7 @@ def encode(
 
     Args:
         order: the task.
-        model_dir: as `Transfer.fetch` laid it out; gives the roles.
+        model_dir: as `Transfer.begin` laid it out; gives the roles.
         update_dir: where the shards are; the manifest is written beside them.
         files: names of the shards in canonical order.
         named: those of the shards that have been named already, by file name.
