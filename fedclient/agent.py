@@ -22,8 +22,8 @@ from fedclient.pulse import Pulse
 from fedclient.session import DeviceInfo, Session
 from fedclient.settings import SiteSettings
 from fedclient.spool import BlobCache, Spool
+from fedclient.tools import Tools
 from fedclient.transfer import Transfer
-from fedclient.work import Tools
 from fedlink.errors import FedlinkError, Reason
 
 MakeTrainer = Callable[[SiteSettings, str, str, Path], Trainer]

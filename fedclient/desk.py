@@ -14,10 +14,12 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
+from fedclient.computing import TrainerHandle
 from fedclient.policy import Terms
 from fedclient.session import TaskFailure
 from fedclient.spool import Held, Order, Stage
-from fedclient.work import TASK_OVER, Tools, TrainerHandle, Work
+from fedclient.tools import Tools
+from fedclient.work import TASK_OVER, Work
 from fedlink import log
 from fedlink.errors import FedlinkError, Reason
 from fedlink.failpoints import reach
@@ -205,15 +207,18 @@ class Desk:
 
     async def _advance(self, work: Work, device: str | None) -> None:
         failure = None
-        if device is not None:
-            try:
-                failure = await work.compute(partial(self._trainers.get, work.order.workload, device))
-            finally:
-                self._free.put_nowait(device)
-        if failure is None:
-            failure = await work.deliver()
-        if failure is not None:
-            await work.fail(failure)
+        try:
+            if device is not None:
+                try:
+                    failure = await work.compute(partial(self._trainers.get, work.order.workload, device))
+                finally:
+                    self._free.put_nowait(device)
+            if failure is None:
+                failure = await work.deliver()
+            if failure is not None:
+                await work.fail(failure)
+        finally:
+            await work.leave()
 
     async def _abandon(self, work: Work, course: asyncio.Task[None]) -> None:
         await work.stop_trainer()

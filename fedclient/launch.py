@@ -11,7 +11,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -139,10 +139,21 @@ class Trainer:
             assert self._description is not None
             return self._description
 
-    async def run(self, job: Job, on_progress: Callable[[Progress], None]) -> Result:
-        """Do one job. `on_progress` is called on the event loop, a few times a second at most.
+    async def run(
+        self,
+        job: Job,
+        on_progress: Callable[[Progress], None],
+        *,
+        shards: AsyncIterable[str] | None = None,
+        on_file: Callable[[str], None] = lambda _: None,
+    ) -> Result:
+        """Do one job. Cancelling the awaiting task kills the process.
 
-        Cancelling the awaiting task kills the process.
+        Args:
+            job: what to do.
+            on_progress: called on the event loop, a few times a second at most.
+            shards: for an `awaited` model: the names of its files, each once it is whole; must not raise.
+            on_file: called with the name of each file of an update once it is whole.
 
         Raises:
             TrainerFailed: it gave no result; the next `run` starts a fresh process if needed.
@@ -154,7 +165,8 @@ class Trainer:
                 child = await self._ready()
                 self._refuse_cancelled()
                 await child.send("run", job.to_json())
-                return await self._watch(child, on_progress)
+                async with _beside(_tell(child, shards)):
+                    return await self._watch(child, on_progress, on_file)
             finally:
                 self._over.set()
                 self._over = None
@@ -254,7 +266,9 @@ class Trainer:
             device=self._device,
         )
 
-    async def _watch(self, child: Child, on_progress: Callable[[Progress], None]) -> Result:
+    async def _watch(
+        self, child: Child, on_progress: Callable[[Progress], None], on_file: Callable[[str], None]
+    ) -> Result:
         last = Progress(0, 0)
         while True:
             message = await self._receive(child, last)
@@ -262,6 +276,9 @@ class Trainer:
                 return Result.from_json(message)
             if message["type"] == "failed":
                 await self._fail(child, message, "its trainer failed")
+            if message["type"] == "wrote":
+                on_file(message["name"])
+                continue
             last = Progress.from_json(message)
             on_progress(last)
 
@@ -312,6 +329,22 @@ class Trainer:
             no_room=no_room,
             output=f"{failure.text}\n{await child.tail()}".strip(),
         )
+
+
+async def _tell(child: Child, shards: AsyncIterable[str] | None) -> None:
+    if shards is not None:
+        async for name in shards:
+            await child.send("shard", {"name": name})
+
+
+@contextlib.asynccontextmanager
+async def _beside(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
 
 
 def link_packages(directory: Path) -> Path:

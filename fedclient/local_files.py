@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedclient.trainer.wire import MODEL_FILE
+from fedclient.trainer.layout import write_layout
 from fedlink.errors import FedlinkError, Reason
 from fedlink.tensors import (
     DTYPES,
@@ -129,9 +129,12 @@ def _read(paths: Sequence[Path]) -> tuple[dict[str, tuple[Path, Stored]], dict[s
 
 
 def _describe(model: LocalModel) -> None:
-    roles = {s.name: s.role.value for _, shard in model.shards for s in shard}
-    table = {"files": [name for name, _ in model.shards], "roles": roles, "aliases": dict(model.aliases)}
-    (model.directory / MODEL_FILE).write_text(json.dumps(table), encoding="utf-8")
+    files = []
+    for name, specs in model.shards:
+        by_name = {s.name: s for s in specs}
+        held = read_header(model.directory / name).tensors
+        files.append((name, [Stored(by_name[t.spec.name], t.offset) for t in held]))
+    write_layout(model.directory, files, model.aliases)
 
 
 def _copy(

@@ -17,27 +17,28 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import random
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import TypeVar
 
 from pydantic import ValidationError
 
-from fedclient.launch import FailReason, Job, JobKind, Progress, Result, TrainerFailed, Write
+from fedclient.ahead import Ahead
+from fedclient.computing import Computation, GetTrainer, since
+from fedclient.launch import FailReason, Result, TrainerFailed
 from fedclient.policy import Refused, Terms
-from fedclient.session import BACKOFF, Session, TaskFailure
-from fedclient.spool import Held, Order, Outcome, Spool, Stage, refuses
-from fedclient.transfer import Encoded, Transfer, drop_model_files, encode, update_files
+from fedclient.session import BACKOFF, TaskFailure
+from fedclient.spool import Held, Order, Outcome, Stage
+from fedclient.status import Status
+from fedclient.tools import Tools
+from fedclient.transfer import drop_model_files
+from fedclient.update import Encoded, LocalBlob, encode
 from fedlink import log
 from fedlink.config import explain
 from fedlink.errors import FedlinkError, Reason
 from fedlink.failpoints import reach
 from fedlink.files import boot_id
-from fedlink.tensors import Kind
 
 TASK_OVER = frozenset({Reason.TASK_NOT_FOUND, Reason.ROUND_CLOSED, Reason.TASK_COMPLETED})
 """The server needs nothing more of a task."""
@@ -69,64 +70,6 @@ _NOT_KEPT = _GONE | {errno.EIO}
 """The same of a file being synced: what a sync lost once, the next one does not tell of."""
 
 
-class TrainerHandle(Protocol):
-    """What is used of `fedclient.launch.Trainer`."""
-
-    async def run(self, job: Job, on_progress: Callable[[Progress], None]) -> Result:
-        """Do one job."""
-
-    async def cancel(self) -> None:
-        """Stop the job under way."""
-
-
-GetTrainer = Callable[[], Awaitable[TrainerHandle]]
-"""Gives the trainer of a task's workload on the device the task was given."""
-
-
-@dataclass(frozen=True)
-class Tools:
-    """What every task of a daemon works with."""
-
-    session: Session
-    spool: Spool
-    transfer: Transfer
-    disk: Executor
-    """One thread: what is written to the spool is written in the order it was asked for."""
-    rng: random.Random
-    client: str
-    """The site's name."""
-
-    async def on_disk(self, act: Callable[..., _T], *args: Any) -> _T:
-        """Do something with the spool."""
-        return await asyncio.get_running_loop().run_in_executor(self.disk, partial(act, *args))
-
-
-@dataclass
-class Status:
-    """How far a task is, for heartbeats and for draining."""
-
-    activity: str = "queued"
-    done: int = 0
-    total: int = 0
-    moved: float = 0.0
-    """Loop time of the last progress."""
-    points: dict[str, tuple[float, int]] = field(default_factory=dict)
-    """Metrics not reported yet: value and step."""
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when the activity changes."""
-
-    def enter(self, activity: str) -> None:
-        """Begin an activity of `ExtendLeaseRequest.Activity`."""
-        self.activity = activity
-        self.advance(0, 0)
-        self.changed.set()
-
-    def advance(self, done: int, total: int) -> None:
-        """Note progress in steps or bytes."""
-        self.done, self.total = done, total
-        self.moved = asyncio.get_running_loop().time()
-
-
 class Work:
     """A held task being worked on.
 
@@ -143,7 +86,8 @@ class Work:
         self._tools = tools
         self._terms = terms
         self._say_dropped = say_dropped
-        self._trainer: TrainerHandle | None = None
+        self._computation: Computation | None = None
+        self._ahead: Ahead | None = None
         self._encoded: Encoded | None = None
         self._securing: asyncio.Task[None] | None = None
         self._log = log.get("task").bind(
@@ -238,8 +182,13 @@ class Work:
 
     async def stop_trainer(self) -> None:
         """Stop the job under way, if there is one, without losing the warm process."""
-        if self._trainer:
-            await self._trainer.cancel()
+        if self._computation:
+            await self._computation.stop()
+
+    async def leave(self) -> None:
+        """End what goes on of the task beside `compute` and `deliver`, for neither will go on."""
+        if self._ahead:
+            await self._ahead.stop()
 
     async def keep_lease(self) -> str:
         """Send heartbeats and metrics until the server says that the task is over; returns its words.
@@ -284,50 +233,17 @@ class Work:
         return cancelled
 
     async def _compute(self, get_trainer: GetTrainer) -> None:
-        tools, order, token = self._tools, self.order, self.held.token
+        tools = self._tools
         if self._terms is None:
-            raise Refused(f"this site has no workload {order.workload}")
-        settings = self._terms.accept(order)
-        model_dir, update_dir = tools.spool.model_dir(token), tools.spool.update_dir(token)
-        self.status.enter("downloading")
-        began = time.monotonic()
-        model = await tools.transfer.fetch(order, model_dir, self.status.advance)
-        self._log.info("downloaded", activity=order.activity, seconds=_since(began))
-        await tools.on_disk(
-            tools.spool.prepare_update, token, update_files(model, order.update_dtype) if order.update else {}
-        )
-        reach("model.fetched")
-        self.status.enter("computing")
-        job = Job(
-            kind=JobKind.TRAIN if order.update else JobKind.EVALUATE,
-            settings=settings,
-            seed=order.seed,
-            client=tools.client,
-            run=order.run,
-            round=order.round,
-            version=order.version,
-            model_dir=model_dir,
-            model_key=order.model.digest.hex(),
-            out_dir=update_dir,
-            write=Write.GRADIENT if order.update is Kind.GRADIENT else Write.DELTA,
-            update_dtype=order.update_dtype or "F32",
-            checkpoint_dir=tools.spool.checkpoint_dir(order) if order.update is Kind.DELTA else None,
-            checkpoint_every=self._terms.settings.checkpoint_every,
-        )
-        began = time.monotonic()
-        result = await self._train(get_trainer, job)
+            raise Refused(f"this site has no workload {self.order.workload}")
+        self._computation = Computation(tools, self.order, self._terms, self.status, self._log)
+        result = await self._computation.run(get_trainer)
+        self._ahead = self._computation.ahead
         reach("update.computed")
-        trained = self.held.trained(self._outcome(result), boot_id() if order.update else "")
+        trained = self.held.trained(self._outcome(result), boot_id() if self.order.update else "")
         await self._until_it_works(lambda: tools.on_disk(self._keep_result, trained), hopeless=_NOT_KEPT)
         self.held = trained
-        await tools.transfer.let_go(token)
-        self._log.info(
-            "computed",
-            activity=order.activity,
-            examples=result.num_examples,
-            steps=result.steps,
-            seconds=_since(began),
-        )
+        await tools.transfer.let_go(self.held.token)
 
     async def _secure(self) -> None:
         """Have a result that is not over soon survive a power loss."""
@@ -344,35 +260,6 @@ class Work:
             self._log.info("synced the result")
         except OSError as e:
             self._log.error("a result could not be synced; it is safe while the machine runs", error=e.strerror)
-
-    async def _train(self, get_trainer: GetTrainer, job: Job) -> Result:
-        while True:
-            self._trainer = await get_trainer()
-            try:
-                return await self._trainer.run(job, self._note_progress)
-            except TrainerFailed as e:
-                if not e.no_room or not self.order.update or not await self._waited_for_room():
-                    raise
-            finally:
-                self._trainer = None
-
-    async def _waited_for_room(self) -> bool:
-        """Wait until an update fits on the site's disk, as every other attempt would fail at the same place.
-
-        False if it fits at once: then it was not this disk that had no room.
-        """
-        attempts, seldom, size = 0, log.Seldom(), self.order.max_update_bytes
-        recycler = self._tools.spool.recycler
-        spare = recycler.held
-        await asyncio.to_thread(recycler.clear)
-        update_dir = self._tools.spool.update_dir(self.held.token)
-        while refusal := await asyncio.to_thread(refuses, update_dir, size):
-            if seldom.due():
-                text = "the site's disk has no room for the update; the training waits, and then goes on"
-                self._log.error(text, error=refusal, bytes=size)
-            attempts += 1
-            await asyncio.sleep(BACKOFF.delay(attempts, self._tools.rng))
-        return attempts > 0 or spare > 0
 
     async def _until_it_works(self, act: Callable[[], Awaitable[_T]], hopeless: frozenset[int] = _GONE) -> _T:
         """Do something with a finished result, again and again whatever the site's system says but what is hopeless.
@@ -414,28 +301,18 @@ class Work:
             files=tuple(f.name for f in result.files),
         )
 
-    def _note_progress(self, progress: Progress) -> None:
-        if progress.note:
-            self._log.info(progress.note, step=progress.step)
-        self.status.advance(progress.step, progress.total)
-        if self._terms:
-            for name, value in self._terms.let_out(progress.metrics).items():
-                self.status.points[name] = (value, progress.step)
-
     async def _deliver(self) -> bool:
         tools, token, outcome = self._tools, self.held.token, self.held.outcome
         assert outcome is not None
         self.status.enter("uploading")
         began = time.monotonic()
         if self.order.update and self._encoded is None:
-            directories = tools.spool.model_dir(token), tools.spool.update_dir(token)
-            self._encoded = await self._until_it_works(
-                lambda: asyncio.to_thread(encode, self.order, *directories, outcome.files)
-            )
+            self._encoded = await self._encode(outcome)
             reach("update.encoded")
         if self._encoded and self.held.stage is Stage.TRAINED:
             with _already_completed():
-                await self._send(self._encoded)
+                await self._send(self._encoded, but=self._ahead.sent if self._ahead else ())
+            self._ahead = None
             reach("update.sent")
         update = self._encoded.manifest.ref if self._encoded else None
         attempts = 0
@@ -455,18 +332,22 @@ class Work:
             attempts += 1
             await asyncio.sleep(BACKOFF.delay(attempts, tools.rng))
         if verdict.accepted:
-            self._log.info("accepted", activity=self.order.activity, seconds=_since(began))
+            self._log.info("accepted", activity=self.order.activity, seconds=since(began))
         else:
             self._log.error("refused", reason=verdict.reason, tensor=verdict.tensor, error=verdict.message)
         return verdict.accepted
 
-    async def _send(self, update: Encoded) -> None:
+    async def _encode(self, outcome: Outcome) -> Encoded:
+        spool, token, named = self._tools.spool, self.held.token, dict[str, LocalBlob]()
+        if self._ahead:
+            await self._ahead.finish()
+            named = self._ahead.named
+        act = partial(encode, self.order, spool.model_dir(token), spool.update_dir(token), outcome.files, named)
+        return await self._until_it_works(lambda: asyncio.to_thread(act))
+
+    async def _send(self, update: Encoded, but: Collection[LocalBlob] = ()) -> None:
         send = self._tools.transfer.send
-        await self._until_it_works(lambda: send(self.held.token, update, self.status.advance))
-
-
-def _since(began: float) -> float:
-    return round(time.monotonic() - began, 3)
+        await self._until_it_works(lambda: send(self.held.token, update, self.status.advance, but))
 
 
 @contextlib.contextmanager

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from fedclient.trainer.layout import read_layout
 from fedclient.trainer.state import Fill, ModelMismatchError, Start, State
-from fedclient.trainer.wire import MODEL_FILE, UPDATE_STEM, Write
+from fedclient.trainer.wire import UPDATE_STEM, Write
 from fedlink.tensors import (
     DTYPES,
     Role,
     ShardWriter,
     Stored,
     TensorSpec,
-    read_header,
     read_into,
     roles_metadata,
     shard_name,
@@ -63,22 +62,13 @@ class ModelDirectory:
 
     @classmethod
     def read(cls, directory: Path) -> Self:
-        """Read `MODEL_FILE` and the headers.
+        """Read `MODEL_FILE`; the files need not be there yet.
 
         Raises:
-            TensorError: a file is not safetensors.
-            OSError, ValueError, KeyError: the directory is incomplete.
+            OSError, ValueError, KeyError: there is none, or it is damaged.
         """
-        table = json.loads((directory / MODEL_FILE).read_text(encoding="utf-8"))
-        roles = {name: Role(role) for name, role in table["roles"].items()}
-        shards = []
-        for name in table["files"]:
-            header = read_header(directory / name)
-            tensors = [
-                replace(t, spec=replace(t.spec, role=roles.get(t.spec.name, t.spec.role))) for t in header.tensors
-            ]
-            shards.append(Shard(directory / name, tuple(tensors)))
-        return cls(tuple(shards), table["aliases"])
+        files, aliases = read_layout(directory)
+        return cls(tuple(Shard(directory / name, tensors) for name, tensors in files), aliases)
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
@@ -96,11 +86,17 @@ class Loader:
         self._shards: dict[str, tuple[object, object]] = {}
         self._key = ""
 
-    def load(self, model: ModelDirectory, key: str, alive: Alive) -> None:
+    def load(self, model: ModelDirectory, key: str, alive: Alive, shards: Iterable[Shard] | None = None) -> None:
         """Load a version into the model.
 
         A frozen shard is skipped when it is the file loaded last and nothing has written to its tensors; the others
         only when besides `key` (not empty) is that of the last load and `forget` was not called since.
+
+        Args:
+            model: the version.
+            key: names its content.
+            alive: called between tensors.
+            shards: all of its shards, each as soon as it may be read; by default they are all there.
 
         Raises:
             ModelMismatchError: names, shapes or dtypes are not those of the built model.
@@ -111,7 +107,7 @@ class Loader:
             names_of[name].append(alias)
         same = bool(key) and key == self._key
         self._key = ""
-        for shard in model.shards:
+        for shard in model.shards if shards is None else shards:
             held = self._shards.get(shard.path.name)
             if held == (shard.identity(), self._state.marks(shard.names)) and (same or not shard.changing):
                 continue
@@ -167,8 +163,11 @@ def write_update(
     update_dtype: str,
     gradient: Mapping[str, Any] | None,
     alive: Alive,
+    wrote: Callable[[Path], None],
 ) -> tuple[Path, ...]:
     """Write what training changed: one file for each of the model's shards that holds something not frozen.
+
+    `wrote` is told each file once it is whole.
 
     Raises:
         ModelMismatchError: training changed a dtype or shape, or the gradient is of another shape.
@@ -187,6 +186,7 @@ def write_update(
                 for view in state.encoded(stored.spec, write, dtype, start, gradient):
                     writer.write(stored.spec.name, view, at)
                     at += len(view)
+        wrote(path)
         paths.append(path)
     return tuple(paths)
 

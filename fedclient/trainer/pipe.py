@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -24,13 +25,20 @@ class Pipe:
         os.set_inheritable(fd, False)
         self._socket = socket.socket(fileno=fd)
         self._messages: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._shards: queue.Queue[str] = queue.Queue()
         self._cancelled = threading.Event()
         self._writing = threading.Lock()
         threading.Thread(target=self._read, name="fedclient-pipe", daemon=True).start()
 
     def receive(self) -> dict[str, Any]:
-        """Wait for the next message that is not "cancel"; receiving it takes an earlier "cancel" back."""
+        """Wait for the next job, or the start; its coming takes back an earlier "cancel"."""
         return self._messages.get()
+
+    def shard(self, wait: float) -> str | None:
+        """The name of the next shard of the job under way; None after so many seconds, or at once if cancelled."""
+        with contextlib.suppress(queue.Empty):
+            return self._shards.get(timeout=wait) or None
+        return None
 
     def cancelled(self) -> bool:
         """Whether the daemon has cancelled the job under way."""
@@ -49,8 +57,13 @@ class Pipe:
                     message = json.loads(line)
                     if message["type"] == "cancel":
                         self._cancelled.set()
+                        self._shards.put("")
+                    elif message["type"] == "shard":
+                        self._shards.put(message["name"])
                     else:
                         self._cancelled.clear()
+                        # What is left there was told for a job that is over.
+                        self._shards = queue.Queue()
                         self._messages.put(message)
         finally:
             _end()

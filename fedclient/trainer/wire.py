@@ -2,14 +2,16 @@
 
 Newline-delimited JSON over a socket pair, one object a line. The daemon sends, in order:
 
-    {"type": "start", "protocol": 1, ...Start}      once; answered by "ready" or "failed"
+    {"type": "start", "protocol": 2, ...Start}      once; answered by "ready" or "failed"
     {"type": "run", ...Job}                         answered by any number of "progress", then "done" or "failed"
+    {"type": "shard", "name": NAME}                 a file of an `awaited` model is whole; each is told once
     {"type": "cancel"}                              at any time; ends the job under way: "failed", reason "cancelled"
 
 and the trainer answers
 
     {"type": "ready", ...Description}
     {"type": "progress", ...Progress}
+    {"type": "wrote", "name": NAME}                 a file of the update is whole, and not changed any more
     {"type": "done", ...Result}
     {"type": "failed", ...Failure}
 
@@ -24,13 +26,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of these messages; the trainer refuses to start under another."""
 MAX_LINE = 4 << 20
 """Bytes in the longest line either end reads."""
 MODEL_FILE = "model.json"
-"""In a model directory: `{"files": [...], "roles": {tensor: role}, "aliases": {alias: tensor}}`, files in order."""
-
+"""In a model directory, what is in it; see `fedclient.trainer.layout`."""
 
 UPDATE_STEM = "update"
 """What the files of an update are called: `fedlink.tensors.shard_name` of this stem, one for each file that changes."""
@@ -139,6 +140,8 @@ class Job(_Message):
     version: int = 0
     model_dir: Path | None = None
     """Holds the model's shards and `MODEL_FILE`; not changed."""
+    awaited: bool = False
+    """Whether the shards come while the job is under way, each told by "shard"; else they are there."""
     model_key: str = ""
     """Names the model's content: evaluating it twice in a row loads it once. Empty: always load."""
     out_dir: Path | None = None

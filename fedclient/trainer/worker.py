@@ -20,6 +20,7 @@ import random
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ import numpy as np
 
 from fedclient.trainer.api import CancelledJob, Context, Site, Workload, derive_seed
 from fedclient.trainer.checkpoint import Checkpoints, CheckpointUnusable
-from fedclient.trainer.files import Loader, ModelDirectory, write_model, write_update
+from fedclient.trainer.files import Loader, ModelDirectory, Shard, write_model, write_update
 from fedclient.trainer.memory import is_out_of_memory, peak_device_memory
 from fedclient.trainer.pipe import Pipe
 from fedclient.trainer.schema import parse_settings, settings_schema
@@ -51,6 +52,7 @@ from fedlink.failpoints import reach
 from fedlink.memory import peak_memory
 
 _MAX_TEXT = 4000
+_ALIVE_EVERY = 0.5
 
 
 class WorkloadError(Exception):
@@ -114,7 +116,7 @@ class Worker:
         self._context = ctx = self._new_context(job)
         frozen = {s.name for s in directory.specs.values() if s.role.value == "frozen"}
         state.begin(training=job.kind is JobKind.TRAIN, device=ctx.device, frozen=frozen)
-        loader.load(directory, job.model_key, ctx.alive)
+        loader.load(directory, job.model_key, ctx.alive, self._arriving(directory) if job.awaited else None)
         if job.checkpoint_dir and job.checkpoint_every and _ability(job) == "train":
             self._checkpoints = self._new_checkpoints(job, job.checkpoint_dir, state)
             if resume:
@@ -134,6 +136,7 @@ class Worker:
                 update_dtype=job.update_dtype,
                 gradient=gradient,
                 alive=ctx.alive,
+                wrote=self._wrote,
             )
             reach("trainer.update")
         return Result(examples, ctx.step, ctx.metrics, seconds, files, peak_memory(), peak_device_memory())
@@ -220,6 +223,20 @@ class Worker:
             report=self._report,
             cancelled=self._pipe.cancelled,
         )
+
+    def _arriving(self, directory: ModelDirectory) -> Iterator[Shard]:
+        """The shards of a model that is still being fetched, each once it is there."""
+        left = {shard.path.name: shard for shard in directory.shards}
+        while left:
+            # Also while bytes move and no shard is whole, the daemon must hear from this process.
+            self._context.alive()
+            name = self._pipe.shard(_ALIVE_EVERY)
+            if name is not None:
+                yield left.pop(name)
+
+    def _wrote(self, path: Path) -> None:
+        self._pipe.send("wrote", {"name": path.name})
+        reach("trainer.wrote")
 
     def _report(self, progress: Progress) -> None:
         self._pipe.send("progress", replace(progress, memory_bytes=peak_memory()).to_json())

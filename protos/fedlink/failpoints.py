@@ -64,6 +64,7 @@ CLIENT: Mapping[str, str] = {
     "download.written": "chunks of a model are on the disk",
     "download.renamed": "a blob has its name, its list is still there",
     "model.fetched": "a model is laid out for the trainer",
+    "update.ahead": "a file of an update is at the server, the result is not in the journal",
     "update.computed": "the trainer has finished, which is not in the journal",
     "journal.trained": "a result is written, the entry has no name yet",
     "update.encoded": "an update is hashed and has its manifest",
@@ -79,6 +80,7 @@ TRAINER: Mapping[str, str] = {
     "trainer.step": "a step is about to begin",
     "checkpoint.written": "a checkpoint is written, it has no name yet",
     "checkpoint.renamed": "a checkpoint has its name, the one before is gone",
+    "trainer.wrote": "a file of the update is whole and told of, the next one is not",
     "trainer.update": "the update's files are written, the daemon has not been told",
 }
 """Where a trainer may end, and how things stand there."""

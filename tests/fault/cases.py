@@ -47,6 +47,7 @@ _FIXED = {
     # Trainers; their failure ends a task, and its retry is the server's to record.
     "trainer-step": "a:trainer.step@6,server:task.failed@1",
     "trainer-update": "b:trainer.update@2,server:round.reissued@1",
+    "parts-of-an-update": "a:update.ahead@2,b:trainer.wrote@2",
     "checkpoint-written": "c:checkpoint.written@2",
     "checkpoint-renamed": "a:checkpoint.renamed@3",
     "round-failed": "a:trainer.step@2,a:trainer.step@2,server:round.failed@1",
@@ -133,6 +134,7 @@ _SITE = {
     "download.written": 14,
     "download.renamed": 3,
     "model.fetched": 1,
+    "update.ahead": 2,
     "update.computed": 1,
     "journal.trained": 1,
     "update.encoded": 1,
@@ -141,7 +143,7 @@ _SITE = {
     "update.answered": 1,
     "journal.completed": 1,
 }
-_TRAINER = {"trainer.step": 4, "trainer.update": 1}
+_TRAINER = {"trainer.step": 4, "trainer.wrote": 3, "trainer.update": 1}
 _CHECKPOINTED = {"checkpoint.written": 3, "checkpoint.renamed": 3}
 _AFTER_A_FAILURE = ("task.failed", "round.reissued")
 _LEAN_ONLY = {"updates.forgotten": 1, "upload.removed": 8}

@@ -192,7 +192,8 @@ async def test_round_closed_on_upload(
     server: FakeServer, site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = add_model(server, tmp_path / "model")
-    server.state.faults["StartUpload"].append(FedlinkError(Reason.ROUND_CLOSED, "too late"))
+    # To the part that goes ahead, and to the whole.
+    server.state.faults["StartUpload"].extend([FedlinkError(Reason.ROUND_CLOSED, "too late")] * 2)
     async with running(site):
         await server.give(train_task(model))
         await server.until(lambda s: not s.faults["StartUpload"])

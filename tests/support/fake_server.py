@@ -77,6 +77,8 @@ class State:
     """Bytes of chunks."""
     read: list[bytes] = field(default_factory=list)
     """Digests of blobs asked for."""
+    held_back: dict[bytes, asyncio.Event] = field(default_factory=dict)
+    """By digest: blobs that are not sent before the event."""
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
 
@@ -133,6 +135,11 @@ class FakeServer:
         async with asyncio.timeout(seconds):
             while not what(self.state):
                 await asyncio.sleep(0.01)
+
+    def hold_back(self, model: types_pb.BlobRef, file: int) -> asyncio.Event:
+        """Send a file of a model only once the event is set."""
+        digest = Manifest.parse(self.state.blobs[model.digest]).files[file].blob.digest
+        return self.state.held_back.setdefault(digest, asyncio.Event())
 
     def update_of(self, request: pb.CompleteTaskRequest) -> tuple[Manifest, list[bytes]]:
         """The update a completed task refers to."""
@@ -253,6 +260,9 @@ class Blobs(_Base, BlobServiceServicer):
 
     async def ReadBlob(self, request: Any, context: Any) -> AsyncIterator[Any]:
         await self.enter("ReadBlob", context, request.task_token)
+        if request.digest in self.state.held_back:
+            self.state.read.append(request.digest)
+            await self.state.held_back[request.digest].wait()
         data = self.state.blobs.get(request.digest)
         if data is None:
             await _refuse(context, Reason.BLOB_NOT_FOUND)

@@ -24,13 +24,23 @@ WORKLOADS = Path(__file__).parent / "workloads"
 
 
 class Site:
-    """A directory with a site.toml."""
+    """A directory with a site.toml; its workload "adder" is a class of tests/support/workloads."""
 
-    def __init__(self, directory: Path, server: str, *, size: int = 4, extra: str = "", workload: str = "") -> None:
+    def __init__(
+        self,
+        directory: Path,
+        server: str,
+        *,
+        size: int = 4,
+        extra: str = "",
+        workload: str = "",
+        trainer: str = "adder:Adder",
+    ) -> None:
         self.directory = directory
         self.control = directory / "control"
         self.control.mkdir(parents=True, exist_ok=True)
-        (directory / "adder.py").write_bytes((WORKLOADS / "adder.py").read_bytes())
+        module = f"{trainer.partition(':')[0]}.py"
+        (directory / module).write_bytes((WORKLOADS / module).read_bytes())
         self.config = directory / "site.toml"
         self.config.write_text(
             f"""
@@ -39,7 +49,7 @@ server = "{server}"
 devices = ["cpu"]
 {extra}
 [workload.adder]
-trainer = "adder:Adder"
+trainer = "{trainer}"
 {workload}
 [workload.adder.data]
 control = "control"
@@ -73,6 +83,16 @@ size = {size}
         """What there is of checkpoints."""
         directory = self.directory / "fedclient-state" / "checkpoints"
         return sorted(str(path.relative_to(directory)) for path in directory.glob("*/*"))
+
+    @property
+    def loaded(self) -> list[str]:
+        """Every tensor that `Watched` was given, by name."""
+        return self._lines("loaded")
+
+    @property
+    def built(self) -> list[str]:
+        """The trainer's process for each model that `Watched` built."""
+        return self._lines("built")
 
     def _lines(self, name: str) -> list[str]:
         path = self.control / name

@@ -11,6 +11,7 @@ import numpy as np
 
 from fedclient.launch import Job, JobKind, Progress, Result, Trainer, Write
 from fedclient.settings import SiteSettings, WorkloadSettings
+from fedclient.trainer.layout import write_layout
 from fedlink.tensors import Role, TensorSpec, apply_metadata, arithmetic_dtype, read_array, read_header
 
 SITE_FILES = Path(__file__).parent / "classes"
@@ -39,12 +40,12 @@ async def init(trainer: Trainer, directory: Path, seed: int = 0) -> Path:
 
 def describe_model(directory: Path, files: list[str]) -> None:
     """Write model.json as the daemon does, roles and aliases from the files' metadata."""
-    roles, aliases = {}, {}
+    found, aliases = [], {}
     for name in files:
         stored, tied = apply_metadata(read_header(directory / name))
-        roles |= {t.spec.name: t.spec.role.value for t in stored}
+        found.append((name, stored))
         aliases |= tied
-    (directory / "model.json").write_text(json.dumps({"files": files, "roles": roles, "aliases": aliases}))
+    write_layout(directory, found, aliases)
 
 
 def ignore(_: Progress) -> None:

@@ -11,7 +11,8 @@ import pytest
 
 from fedclient import work as work_module
 from fedclient.spool import Held
-from fedclient.work import Tools, Work
+from fedclient.tools import Tools
+from fedclient.work import Work
 from fedlink.errors import FedlinkError, Reason
 from tests.support.orders import order
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 
 import ml_dtypes
@@ -16,15 +15,20 @@ from hypothesis.extra.numpy import arrays as np_arrays
 from fedclient.trainer import state as state_module
 from fedclient.trainer import torch_state as torch_state_module
 from fedclient.trainer.files import Loader, ModelDirectory, write_model, write_update
+from fedclient.trainer.layout import write_layout
 from fedclient.trainer.state import ModelMismatchError, NumpyState, state_of, to_bfloat16
 from fedclient.trainer.torch_state import TORCH_DTYPES, TorchState
 from fedclient.trainer.wire import Write
-from fedlink.tensors import DTYPES, Role, ShardWriter, TensorSpec, apply_metadata, read_header
+from fedlink.tensors import DTYPES, Role, ShardWriter, Stored, TensorSpec, apply_metadata, read_header
 from tests.support.trainers import arrays, describe_model, raw_tensors
 
 
 def alive() -> None:
     pass
+
+
+def wrote(path) -> None:
+    assert path.stat().st_size
 
 
 def directory_of(state, path) -> ModelDirectory:
@@ -36,7 +40,7 @@ def directory_of(state, path) -> ModelDirectory:
 
 def update(state, model, out, write=Write.DELTA, dtype="F32", gradient=None):
     out.mkdir()
-    return write_update(state, model, out, write=write, update_dtype=dtype, gradient=gradient, alive=alive)
+    return write_update(state, model, out, write=write, update_dtype=dtype, gradient=gradient, alive=alive, wrote=wrote)
 
 
 class Holder(torch.nn.Module):
@@ -114,6 +118,7 @@ def frozen_net() -> torch.nn.Module:
 def two_shards(path) -> ModelDirectory:
     specs, _ = TorchState(frozen_net()).specs()
     path.mkdir()
+    by_name, files = {s.name: s for s in specs}, []
     for name, role in (
         ("model-00001-of-00002.safetensors", Role.PARAMETER),
         ("model-00002-of-00002.safetensors", Role.FROZEN),
@@ -122,9 +127,8 @@ def two_shards(path) -> ModelDirectory:
         with ShardWriter(path / name, part) as writer:
             for spec in part:
                 writer.write(spec.name, np.full(spec.shape, 1 + len(part), np.float32).tobytes())
-    roles = {s.name: s.role.value for s in specs}
-    table = {"files": sorted(p.name for p in path.iterdir()), "roles": roles, "aliases": {}}
-    (path / "model.json").write_text(json.dumps(table))
+        files.append((name, [Stored(by_name[t.spec.name], t.offset) for t in writer.header.tensors]))
+    write_layout(path, files, {})
     return ModelDirectory.read(path)
 
 
@@ -289,8 +293,7 @@ def numbers(tmp_path, value: float) -> ModelDirectory:
     spec = TensorSpec("w", "F32", (3, 2))
     with ShardWriter(path / "model.safetensors", [spec]) as writer:
         writer.write("w", np.full((3, 2), value, np.float32).tobytes())
-    table = {"files": ["model.safetensors"], "roles": {"w": "parameter"}, "aliases": {}}
-    (path / "model.json").write_text(json.dumps(table))
+    describe_model(path, ["model.safetensors"])
     return ModelDirectory.read(path)
 
 
