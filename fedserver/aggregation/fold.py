@@ -71,7 +71,8 @@ def aggregate(
             result is NaN or infinite or too large for its dtype, BLOB_CORRUPT if a file is not what its manifest
             says, with metadata "digest", and "client" if it is part of an update; DISK_FULL; DRAINING if the result
             is not wanted any more.
-        OSError: a file cannot be read or written, or `sums` are damaged; without them it may go well.
+        DamagedSumsError: `sums` have changed on the disk.
+        OSError: a file cannot be read or written.
     """
     ordered = sorted(contributions, key=lambda c: c.client)
     examples = sum(c.num_examples for c in ordered)

@@ -8,7 +8,6 @@ may be thrown away at any moment, and are never synced.
 from __future__ import annotations
 
 import contextlib
-import errno
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +32,10 @@ class ShardSums:
     """The updates that are in them, in the order in which they were added."""
     source: ModelFiles
     """A file of the shard's averaged tensors in float64."""
+
+
+class DamagedSumsError(Exception):
+    """Sums have changed on the disk. Whoever goes without them needs nothing from anybody."""
 
 
 class PrefixSums:
@@ -72,7 +75,8 @@ class PrefixSums:
 
         Raises:
             FedlinkError: BLOB_CORRUPT with metadata "client" if an update has changed; DISK_FULL; DRAINING.
-            OSError: a file cannot be read or written, or the sums are damaged.
+            DamagedSumsError: those that are here.
+            OSError: a file cannot be read or written.
         """
         self._directory.mkdir(parents=True, exist_ok=True)
         with naming_a_full_disk(self._directory), blaming(self._shards):
@@ -159,7 +163,7 @@ def blaming(shards: Mapping[int, ShardSums]) -> Iterator[None]:
     """Tell sums that have changed on the disk from damage to what cannot be made anew.
 
     Raises:
-        OSError: the sums are damaged; whoever goes without them needs nothing from anybody.
+        DamagedSumsError: instead of BLOB_CORRUPT for one of these.
     """
     before = dict(shards)
     try:
@@ -168,4 +172,4 @@ def blaming(shards: Mapping[int, ShardSums]) -> Iterator[None]:
         digests = {f.blob.digest.hex() for s in before.values() for f in s.source.manifest.files}
         if e.metadata.get("digest") not in digests:
             raise
-        raise OSError(errno.EIO, str(e)) from e
+        raise DamagedSumsError(str(e)) from e

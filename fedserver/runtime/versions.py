@@ -23,7 +23,7 @@ from fedlink.recycle import Recycler
 from fedlink.tensors import Kind, TensorError, read_header
 from fedserver.aggregation.fold import aggregate
 from fedserver.aggregation.pipeline import Contribution, ModelFiles, NewVersion
-from fedserver.aggregation.prefix import PrefixSums
+from fedserver.aggregation.prefix import DamagedSumsError, PrefixSums
 from fedserver.aggregation.presets import pipeline_for
 from fedserver.runtime.wanted import Unwanted, while_wanted
 from fedserver.runtime.whole import whole
@@ -158,22 +158,23 @@ class Versions:
         # Never that of an attempt before, which a disk that could not be written may have kept.
         out_dir = self._scratch / f"{scratch_name}-{secrets.token_hex(4)}"
 
+        def attempt(begun: PrefixSums | None, unwanted: Unwanted) -> NewVersion:
+            out_dir.mkdir(parents=True)
+            updates, pipeline = self.contributions(tasks, uploads), pipeline_for(run.parsed)
+            master = self.files_of(base.master_digest) if base.master_digest else None
+            model, recycler = self.files_of(base.digest), self._recycler
+            return aggregate(
+                model, master, updates, pipeline, out_dir, sums=begun, recycler=recycler, unwanted=unwanted
+            )
+
         def fold(unwanted: Unwanted) -> NewVersion:
             with self._disk.used_for("the next version"):
-                out_dir.mkdir(parents=True)
-                contributions = self.contributions(tasks, uploads)
-                master = self.files_of(base.master_digest) if base.master_digest else None
-                model, pipeline = self.files_of(base.digest), pipeline_for(run.parsed)
-                return aggregate(
-                    model,
-                    master,
-                    contributions,
-                    pipeline,
-                    out_dir,
-                    sums=sums,
-                    recycler=self._recycler,
-                    unwanted=unwanted,
-                )
+                try:
+                    return attempt(sums, unwanted)
+                except DamagedSumsError as e:
+                    self._log.warning("adds the updates up anew", run=run.name, because=str(e))
+                    shutil.rmtree(out_dir)
+                    return attempt(None, unwanted)
 
         def store(new: NewVersion) -> StoredVersion:
             with self._disk.used_for("the next version"):
