@@ -71,7 +71,7 @@ class EarlyFold:
         if self._given_up or self._parts.disk.trouble:
             # Somebody else may need the room.
             self.drop()
-        elif isinstance(self._reducer, SummingReducer) and not self._parts.adding_up.locked():
+        elif isinstance(self._reducer, SummingReducer) and not self._busy:
             first = current.first
             if len(first) - (self._sums.count if self._sums else 0) < LEAST:
                 self._ready = None
@@ -81,6 +81,11 @@ class EarlyFold:
                 self._ready = None
                 self._sums = self._sums or self._parts.versions.new_sums(f"early-{run.id}-{current.number}")
                 self._pass = asyncio.create_task(self._go(run, current, frozenset(first), self._sums, self._reducer))
+
+    @property
+    def _busy(self) -> bool:
+        """Whether this run adds up, or another one does."""
+        return self._parts.adding_up.locked() or (self._pass is not None and not self._pass.done())
 
     async def taken(self) -> PrefixSums | None:
         """Hand over what there is, and end the pass that is under way; whoever has it drops it."""
