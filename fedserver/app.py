@@ -6,11 +6,10 @@ import asyncio
 import contextlib
 import os
 import signal
-import sys
-import threading
 from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -40,6 +39,7 @@ from fedserver.runtime.recovery import recover
 from fedserver.runtime.sites import SiteRegistry
 from fedserver.runtime.uploads import TaskBlobAccess
 from fedserver.runtime.versions import Versions
+from fedserver.runtime.wanted import step_back
 from fedserver.services.admin import AdminServicer
 from fedserver.services.admission import BulkLimits
 from fedserver.services.blob import BlobServicer
@@ -209,15 +209,10 @@ async def running(settings: ServerSettings) -> AsyncIterator[App]:
 
 def _threads() -> ThreadPoolExecutor:
     """Those for the bytes of bulk streams; what else blocks gets the event loop's own."""
-    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(None, "work", _step_back))
-    return ThreadPoolExecutor(_DISK_THREADS, "disk", _step_back)
-
-
-def _step_back() -> None:
-    """Let the event loop's thread go before this one: a heartbeat takes it a moment, a chunk takes them longer."""
-    # Elsewhere the system sets the priority of whole processes only.
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+    # The event loop's thread goes before them: a heartbeat takes it a moment, a chunk takes them longer.
+    behind = partial(step_back, _NICE)
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(None, "work", behind))
+    return ThreadPoolExecutor(_DISK_THREADS, "disk", behind)
 
 
 @contextlib.asynccontextmanager

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,6 @@ from fedlink.files import sync
 from fedlink.manifest import Manifest, TensorEntry, manifest_of_files
 from fedlink.recycle import Recycler
 from fedlink.tensors import DTYPES, Header, Kind, Role, TensorSpec, shard_name, windows
-from fedserver.aggregation.checked import CheckedReader
 from fedserver.aggregation.files import NamingWriter, naming_a_full_disk
 from fedserver.aggregation.numbers import Raw, decode, encode, sound
 from fedserver.aggregation.pipeline import (
@@ -25,12 +24,12 @@ from fedserver.aggregation.pipeline import (
     ModelFiles,
     NewVersion,
     Pipeline,
+    SummingReducer,
     Window,
     WrittenFile,
 )
-
-WINDOW = 1 << 17
-"""Elements of a window: the float64 buffers of one worker stay in the processor's cache."""
+from fedserver.aggregation.prefix import PrefixSums, ShardSums, averaging, blaming
+from fedserver.aggregation.reading import WindowReader
 
 
 def aggregate(
@@ -40,6 +39,7 @@ def aggregate(
     pipeline: Pipeline,
     out_dir: Path,
     *,
+    sums: PrefixSums | None = None,
     recycler: Recycler | None = None,
     workers: int = 2,
     unwanted: Callable[[], bool] = lambda: False,
@@ -60,6 +60,8 @@ def aggregate(
         pipeline: the strategy.
         out_dir: an empty directory for the new files; the caller removes what is left in it,
             after success and after failure.
+        sums: over the first of these updates; they are not read again, and the bits are the same. Sums over anything
+            else are passed over.
         recycler: gives files to write over.
         workers: shards written at the same time, one thread each.
         unwanted: asked before every window; once it says so, the pass ends.
@@ -69,25 +71,29 @@ def aggregate(
             result is NaN or infinite or too large for its dtype, BLOB_CORRUPT if a file is not what its manifest
             says, with metadata "digest", and "client" if it is part of an update; DISK_FULL; DRAINING if the result
             is not wanted any more.
+        DamagedSumsError: `sums` have changed on the disk.
         OSError: a file cannot be read or written.
     """
     ordered = sorted(contributions, key=lambda c: c.client)
-    if sum(c.num_examples for c in ordered) <= 0:
+    examples = sum(c.num_examples for c in ordered)
+    if examples <= 0:
         raise FedlinkError(
             Reason.NO_EXAMPLES,
             f"the {len(ordered)} updates of this round rest on no example at all; nothing to average",
         )
     # The first of several maxima: the lower name.
     donor = max(ordered, key=lambda c: c.num_examples)
-    plan = _Plan(model, master, ordered, donor, pipeline, out_dir, recycler, unwanted)
+    begun = sums.begun([c.key for c in ordered]) if sums and isinstance(pipeline.reducer, SummingReducer) else {}
+    plan = _Plan(model, master, ordered, begun, examples, donor, pipeline, out_dir, recycler, unwanted)
     changing = [i for i in range(len(model.files)) if any(_changes(t) for t in model.manifest.in_file(i))]
-    with naming_a_full_disk(out_dir), ThreadPoolExecutor(1, "sync") as syncing:
+    with blaming(begun), naming_a_full_disk(out_dir), ThreadPoolExecutor(1, "sync") as syncing:
         with ThreadPoolExecutor(workers, "fold") as pool:
             folded = dict(zip(changing, pool.map(lambda i: _ShardFold(plan, i).run(syncing), changing), strict=True))
         # Whoever stores the files waits for the disk: it has begun while the next shards were computed.
         for shard in folded.values():
             shard.synced.result()
-    return _assemble(model.manifest, folded)
+    early = min((len(begun[i].of) if i in begun else 0 for i in averaging(model.manifest)), default=0)
+    return replace(_assemble(model.manifest, folded), folded_early=early)
 
 
 def _sync_written(files: Sequence[WrittenFile]) -> None:
@@ -108,6 +114,9 @@ class _Plan:
     model: ModelFiles
     master: ModelFiles | None
     contributions: Sequence[Contribution]
+    begun: Mapping[int, ShardSums]
+    """What the first of them come to, by the shard's index."""
+    examples: int
     donor: Contribution
     """Whose values are taken where nothing can be averaged."""
     pipeline: Pipeline
@@ -133,9 +142,9 @@ class _ShardFold:
         self._plan = plan
         self._index = index
         self._entries = plan.model.manifest.in_file(index)
-        self._reader = CheckedReader()
-        self._raw = np.empty(WINDOW * 8, np.uint8)
-        self._values, self._direction, self._lent = (np.empty(WINDOW) for _ in range(3))
+        self._begun = plan.begun.get(index)
+        self._reader = WindowReader(plan.unwanted)
+        self._values, self._direction = (np.empty(self._reader.size) for _ in range(2))
 
     def run(self, syncing: Executor) -> _FoldedShard:
         """Write the shard, and its master if it needs one, and have them synced."""
@@ -162,43 +171,36 @@ class _ShardFold:
             holder = self._plan.donor if _changes(entry) else self._plan.model
             self._copy(holder, spec.name, out)
             return
-        for first, count in windows(spec.elements, WINDOW):
+        for first, count in self._reader.windows(spec.elements):
             reduced = self._direction[:count]
-            self._plan.pipeline.reducer.reduce(self._lend(spec.name, first, count), reduced)
+            self._reduce(spec.name, first, reduced)
             if spec.is_delta:
                 reduced = self._step(spec, first, reduced)
                 if master is not None and _is_narrow(spec):
                     master.write(spec.name, self._encoded(spec.name, "F32", reduced).data)
-                    decode(self._raw[: count * 4], "F32", reduced)
+                    decode(self._reader.raw[: count * 4], "F32", reduced)
             out.write(spec.name, self._encoded(spec.name, spec.dtype, reduced).data)
 
     def _step(self, spec: TensorSpec, first: int, direction: Window) -> Window:
         base = self._plan.master if _is_narrow(spec) and self._plan.master else self._plan.model
         values = self._values[: len(direction)]
-        self._read(base, base.manifest.by_name[spec.name], first, values)
+        self._reader.read(base, base.manifest.by_name[spec.name], first, values)
         if self._plan.pipeline.kind is Kind.GRADIENT:
             np.negative(direction, out=direction)
         self._plan.pipeline.optimizer.step(values, direction)
         return values
 
-    def _lend(self, name: str, first: int, count: int) -> Iterator[tuple[int, Window]]:
-        for contribution in self._plan.contributions:
-            self._read(contribution, contribution.manifest.by_name[name], first, self._lent[:count])
-            yield contribution.num_examples, self._lent[:count]
-
-    def _read(self, holder: Holder, entry: TensorEntry, first: int, out: Window) -> None:
-        size = DTYPES[entry.spec.dtype].bits // 8
-        raw = self._raw[: len(out) * size]
-        self._read_raw(holder, entry, first * size, raw)
-        decode(raw, entry.spec.dtype, out)
-
-    def _read_raw(self, holder: Holder, entry: TensorEntry, start: int, raw: Raw) -> None:
-        if self._plan.unwanted():
-            raise FedlinkError(Reason.DRAINING, "the version under way is not wanted any more: the server stops")
-        self._reader.read(holder, entry, start, raw.data)
+    def _reduce(self, name: str, first: int, out: Window) -> None:
+        plan, begun, reducer = self._plan, self._begun, self._plan.pipeline.reducer
+        if begun is None or not isinstance(reducer, SummingReducer):
+            reducer.reduce(self._reader.lend(plan.contributions, name, first, len(out)), out)
+            return
+        self._reader.read(begun.source, begun.source.manifest.by_name[name], first, out)
+        reducer.add(self._reader.lend(plan.contributions[len(begun.of) :], name, first, len(out)), out)
+        reducer.finish(out, plan.examples)
 
     def _encoded(self, name: str, dtype: str, values: Window) -> Raw:
-        raw = self._raw[: len(values) * DTYPES[dtype].bits // 8]
+        raw = self._reader.raw[: len(values) * DTYPES[dtype].bits // 8]
         encode(values, dtype, raw)
         if not sound(raw, dtype):
             raise FedlinkError(
@@ -210,9 +212,9 @@ class _ShardFold:
 
     def _copy(self, holder: Holder, name: str, out: NamingWriter) -> None:
         entry = holder.manifest.by_name[name]
-        for start, length in windows(entry.spec.nbytes, len(self._raw)):
-            raw = self._raw[:length]
-            self._read_raw(holder, entry, start, raw)
+        for start, length in windows(entry.spec.nbytes, len(self._reader.raw)):
+            raw = self._reader.raw[:length]
+            self._reader.read_raw(holder, entry, start, raw)
             out.write(name, raw.data)
 
 

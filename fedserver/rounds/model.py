@@ -85,6 +85,26 @@ class Round:
         """Clients whose updates count, in the order in which they are added up."""
         return tuple(sorted(c for c, t in self.tasks.items() if t.state is TaskState.ACCEPTED))
 
+    @property
+    def first(self) -> tuple[str, ...]:
+        """Those of the `accepted` that are added up first whatever becomes of the others.
+
+        Before them in the order are only sites of which no update can come any more.
+        """
+        found = []
+        for client, task in sorted(self.tasks.items()):
+            if not task.state.final:
+                break
+            if task.state is TaskState.ACCEPTED:
+                found.append(client)
+        return tuple(found)
+
+    def reopened(self, lost: UpdateLost) -> Round:
+        """The same round, which collects an update again that had been accepted."""
+        deadline = None if self.deadline_at is None else max(self.deadline_at, lost.not_before)
+        again = replace(self.tasks[lost.client], state=TaskState.PENDING)
+        return replace(self.with_task(lost.client, again), phase=Phase.COLLECT, deadline_at=deadline)
+
 
 @dataclass(frozen=True, slots=True)
 class SitesChanged:
@@ -137,7 +157,7 @@ class AggregationFailed:
 
 @dataclass(frozen=True, slots=True)
 class UpdateLost:
-    """The bytes of an accepted update have changed or gone while it was to be added up; its site still has it."""
+    """The bytes of an accepted update have changed or gone before they were added up; its site still has it."""
 
     client: str
     not_before: float

@@ -47,6 +47,7 @@ from fedserver.rounds.model import (
 from fedserver.runtime import outlook, records
 from fedserver.runtime.aggregation import Aggregation
 from fedserver.runtime.board import OpenTask
+from fedserver.runtime.early import EarlyFold
 from fedserver.runtime.evaluations import Evaluations
 from fedserver.runtime.parts import Parts
 from fedserver.runtime.tidying import Tidying
@@ -111,6 +112,7 @@ class RunDriver:
         self._ended = ended
         self._lock = asyncio.Lock()
         self._aggregation = Aggregation(row.name, self._make_version, self._settle)
+        self._early = EarlyFold(row, parts, whole(self._asked_again))
         self.tidying = Tidying(row, parts)
         self._evaluations = Evaluations(row, parts.board)
         self._failures = 0
@@ -145,6 +147,7 @@ class RunDriver:
     async def close(self) -> None:
         """Stop working; nothing that is committed is lost."""
         await self._aggregation.close()
+        await self._early.close()
         await self.tidying.close()
 
     # --- What it is told
@@ -163,6 +166,8 @@ class RunDriver:
                 await self._try_select()
         elif not self._board.draining:
             await self._apply(Tick(now))
+            if self.round is not None and self.round.phase is Phase.COLLECT:
+                self._early.consider(self.row, self.round)
         await self._close_evaluations(-math.inf if self._board.draining else now)
         await self._resume()
 
@@ -370,6 +375,7 @@ class RunDriver:
             await self._apply(SitesChanged(view.eligible, view.now, view.returning, absentees(view)))
 
     async def _open_round(self, number: int) -> None:
+        self._early.drop()
         start_by = self._start_by()
         attempt = await self._db.run(lambda c: records.open_round(c, self.row.id, number, start_by))
         reach("round.opened")
@@ -387,9 +393,14 @@ class RunDriver:
         started = time.monotonic()
         tasks, base = await self._db.run(lambda c: records.aggregation_inputs(c, self.row, current))
         scratch = f"aggregate-{self.row.id}-{current.number}-{current.attempt}"
-        async with self._parts.versions.built(self.row, base, tasks, scratch) as stored, self._lock:
-            if self.round is current:
-                await self._commit_version(current, stored, tasks, time.monotonic() - started)
+        sums = await self._early.taken()
+        try:
+            async with self._parts.versions.built(self.row, base, tasks, scratch, sums) as stored, self._lock:
+                if self.round is current:
+                    await self._commit_version(current, stored, tasks, time.monotonic() - started)
+        finally:
+            if sums is not None:
+                await asyncio.to_thread(sums.drop)
         self.tidying.retire()
 
     async def _asked_again(self, current: Round, error: FedlinkError) -> bool:
@@ -405,19 +416,27 @@ class RunDriver:
             return False
         tasks, _ = await self._db.run(lambda c: records.aggregation_inputs(c, self.row, current))
         lost = [t for t in tasks if t.client == client]
-        if self.round is not current or not lost or self._asked[lost[0].id] >= _ASK_AGAIN:
-            return self.round is not current
-        self._asked[lost[0].id] += 1
+        if not self._counts(client, current) or not lost or self._asked[lost[0].id] >= _ASK_AGAIN:
+            return not self._counts(client, current)
         self._log.error("asks for an update again", round=current.number, client=client, because=error.message)
         # Without the lock: a large update takes minutes, and the clock of every run would stop meanwhile.
         await self._parts.versions.reverify(lost[0])
         async with self._lock:
-            if self.round is current:
+            if self._counts(client, current):
+                self._asked[lost[0].id] += 1
+                self._early.drop()
                 rows: list[TaskRow] = []
                 term = time.time() + self._board.lease_term
                 await self._apply(UpdateLost(client, term), lambda c: rows.append(records.reopen_task(c, lost[0])))
                 self._board.add(self.row, rows, fresh=False)
         return True
+
+    def _counts(self, client: str, current: Round) -> bool:
+        """Whether a client's update is one of those that this attempt at a round adds up."""
+        now = self.round
+        if now is None or now.phase not in (Phase.COLLECT, Phase.AGGREGATE):
+            return False
+        return (now.number, now.attempt) == (current.number, current.attempt) and client in now.accepted
 
     async def _settle(self, current: Round, error: Exception) -> None:
         """Decide about a round whose version cannot be made: an update is asked for again, or the round fails."""
@@ -520,6 +539,7 @@ class RunDriver:
     async def _leave(self) -> None:
         """The record says that the run has ended: let go of everything."""
         self._board.remove(self._board.of_run(self.row.id))
+        self._early.drop()
         current, self.round = self.round, None
         if current is not None:
             await self.tidying.drop_updates(current)

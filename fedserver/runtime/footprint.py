@@ -86,6 +86,12 @@ def max_update_bytes(model: Manifest, spec: RunSpec) -> int:
     return data + sum(len(s.name.encode()) * 2 + 512 for s in trained) + 4096 * (len(model.files) + 1)
 
 
+def sums_bytes(model: Manifest) -> int:
+    """About how many bytes sums over some updates take: float64 of what is averaged, and one shard of it twice."""
+    shards = [sum(8 * t.spec.elements for t in model.in_file(i) if t.spec.averaged) for i in range(len(model.files))]
+    return sum(shards) + max(shards, default=0)
+
+
 def next_version_bytes(model: Manifest) -> int:
     """About how many bytes the next version of a model takes: what trains, and a float32 master of what is narrower."""
     specs = [t.spec for t in model.tensors if t.spec.role is not Role.FROZEN]

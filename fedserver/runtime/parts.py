@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import asyncio
+from dataclasses import dataclass, field
 
 from fedserver.runtime.board import TaskBoard
 from fedserver.runtime.events import EventFeed
@@ -26,3 +27,5 @@ class Parts:
     feed: EventFeed
     integrity: Integrity
     disk: Disk
+    adding_up: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by the one run that adds updates up while others are out."""

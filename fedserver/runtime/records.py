@@ -142,6 +142,7 @@ def commit_version(
         "bytes_up": used["bytes_up"],
         "bytes_down": used["bytes_down"],
         "aggregate_seconds": round(seconds, 4),
+        "folded_early": stored.folded_early,
         "seconds": round(now - opened.opened, 4) if opened else 0.0,
     }
     q.add_event(c, run.id, "round_committed", data, now)

@@ -23,6 +23,7 @@ from fedlink.recycle import Recycler
 from fedlink.tensors import Kind, TensorError, read_header
 from fedserver.aggregation.fold import aggregate
 from fedserver.aggregation.pipeline import Contribution, ModelFiles, NewVersion
+from fedserver.aggregation.prefix import DamagedSumsError, PrefixSums
 from fedserver.aggregation.presets import pipeline_for
 from fedserver.runtime.wanted import Unwanted, while_wanted
 from fedserver.runtime.whole import whole
@@ -53,6 +54,8 @@ class StoredVersion:
     """Bytes of the files that were made for it; a frozen base, shared with the version before, is not among them."""
     digests: frozenset[bytes]
     """Every blob it needs: manifests and files."""
+    folded_early: int
+    """So many updates had been added up before the round closed."""
 
 
 def version_owner(run_id: int, number: int) -> str:
@@ -129,11 +132,23 @@ class Versions:
 
     @contextlib.asynccontextmanager
     async def built(
-        self, run: RunRow, base: VersionRow, tasks: Sequence[TaskRow], scratch_name: str
+        self,
+        run: RunRow,
+        base: VersionRow,
+        tasks: Sequence[TaskRow],
+        scratch_name: str,
+        sums: PrefixSums | None = None,
     ) -> AsyncIterator[StoredVersion]:
         """Aggregate the updates of these tasks onto a version and store the result, to be committed inside.
 
         On leaving, what was stored and not committed is deleted.
+
+        Args:
+            run: whose version it will be.
+            base: the version before.
+            tasks: the accepted ones of the round.
+            scratch_name: says what a directory is for.
+            sums: over the first of the updates, if some were added up before.
 
         Raises:
             FedlinkError: NO_EXAMPLES, NOT_FINITE, DISK_FULL, DISK_UNWRITABLE; BLOB_CORRUPT or BLOB_MISSING, with
@@ -143,15 +158,23 @@ class Versions:
         # Never that of an attempt before, which a disk that could not be written may have kept.
         out_dir = self._scratch / f"{scratch_name}-{secrets.token_hex(4)}"
 
+        def attempt(begun: PrefixSums | None, unwanted: Unwanted) -> NewVersion:
+            out_dir.mkdir(parents=True)
+            updates, pipeline = self.contributions(tasks, uploads), pipeline_for(run.parsed)
+            master = self.files_of(base.master_digest) if base.master_digest else None
+            model, recycler = self.files_of(base.digest), self._recycler
+            return aggregate(
+                model, master, updates, pipeline, out_dir, sums=begun, recycler=recycler, unwanted=unwanted
+            )
+
         def fold(unwanted: Unwanted) -> NewVersion:
             with self._disk.used_for("the next version"):
-                out_dir.mkdir(parents=True)
-                contributions = [self._contribution(t, [u for u in uploads if u.task_id == t.id]) for t in tasks]
-                master = self.files_of(base.master_digest) if base.master_digest else None
-                model, pipeline = self.files_of(base.digest), pipeline_for(run.parsed)
-                return aggregate(
-                    model, master, contributions, pipeline, out_dir, recycler=self._recycler, unwanted=unwanted
-                )
+                try:
+                    return attempt(sums, unwanted)
+                except DamagedSumsError as e:
+                    self._log.warning("adds the updates up anew", run=run.name, because=str(e))
+                    shutil.rmtree(out_dir)
+                    return attempt(None, unwanted)
 
         def store(new: NewVersion) -> StoredVersion:
             with self._disk.used_for("the next version"):
@@ -170,6 +193,18 @@ class Versions:
                     await self._collect(digests)
         finally:
             await asyncio.to_thread(shutil.rmtree, out_dir, True)
+
+    def new_sums(self, name: str) -> PrefixSums:
+        """For sums over the first updates of a round, without any yet."""
+        return PrefixSums(self._scratch / f"{name}-{secrets.token_hex(4)}", self._recycler)
+
+    def contributions(self, tasks: Sequence[TaskRow], uploads: Sequence[UploadRow]) -> list[Contribution]:
+        """The updates of accepted tasks, which are among these uploads. Blocking.
+
+        Raises:
+            FedlinkError: BLOB_CORRUPT or BLOB_MISSING, with metadata "client".
+        """
+        return [self._contribution(t, [u for u in uploads if u.task_id == t.id]) for t in tasks]
 
     def _contribution(self, task: TaskRow, uploads: Sequence[UploadRow]) -> Contribution:
         assert task.update_digest is not None
@@ -195,7 +230,9 @@ class Versions:
         model, master = refs
         assert model is not None
         written = sum(f.entry.blob.size for f in new.files) + sum(ref.size for ref in refs if ref)
-        return StoredVersion(model, master, new.model.total_size, len(new.model.tensors), written, frozenset(digests))
+        return StoredVersion(
+            model, master, new.model.total_size, len(new.model.tensors), written, frozenset(digests), new.folded_early
+        )
 
     def _adopt_bytes(self, data: bytes, path: Path) -> BlobRef:
         path.write_bytes(data)

@@ -130,7 +130,7 @@ class Rounds(RuleBasedStateMachine):
             if isinstance(event, TaskChanged) and event.state.final and event.client in self.open:
                 task = self.open.pop(event.client)
                 records.end_task(c, task, event.state, {})
-            if isinstance(event, UpdateLost) and after.phase is not self.round.phase:
+            if isinstance(event, UpdateLost) and after.tasks != self.round.tasks:
                 found = task_queries.round_tasks(c, self.run.id, self.number, self.attempt)
                 lost = [row for row in found if row.client == event.client][-1]
                 self.open[lost.client] = OpenTask(records.reopen_task(c, lost), self.run)
@@ -148,7 +148,7 @@ class Rounds(RuleBasedStateMachine):
                         self.open, rows = {}, []
                 self.open |= {row.client: OpenTask(row, self.run) for row in rows}
 
-        if actions or isinstance(event, TaskChanged) or after.phase is not self.round.phase:
+        if actions or isinstance(event, TaskChanged) or after != self.round:
             self.book.do(work)
 
     # --- What may happen, in any order
@@ -242,9 +242,11 @@ class Rounds(RuleBasedStateMachine):
 
     def look(self, before: Round, event: Event, after: Round, actions: list[Any]) -> None:
         moved = (before.phase, after.phase)
-        if isinstance(event, UpdateLost) and before.phase is Phase.AGGREGATE:
+        if isinstance(event, UpdateLost) and before.phase in (Phase.COLLECT, Phase.AGGREGATE):
             self.look_at_loss(before, event, after, actions)
             return
+        # What may be added up before the round closes is added up first when it has.
+        assert after.accepted[: len(before.first)] == before.first
         assert moved[0] is moved[1] or moved in FORWARD
         if before.phase in OVER:
             assert (after, actions) == (before, [])
@@ -279,10 +281,10 @@ class Rounds(RuleBasedStateMachine):
 
     def look_at_loss(self, before: Round, event: UpdateLost, after: Round, actions: list[Any]) -> None:
         """The one way back: a site whose update counted is asked for it again, and nobody else."""
-        assert actions == []
         if event.client not in before.accepted:
-            assert after == before
+            assert (after, actions) == (before, [])
             return
+        assert actions == []
         assert after.phase is Phase.COLLECT
         assert after.tasks == {**before.tasks, event.client: Entry(TaskState.PENDING, self.attempts[event.client])}
         assert (after.deadline_at is None) == (before.deadline_at is None)

@@ -21,11 +21,12 @@ from hypothesis import strategies as st
 from fedlink.errors import FedlinkError, Reason
 from fedlink.run_file import RunSpec
 from fedlink.tensors import DTYPES, Kind, Role
-from fedserver.aggregation import fold
+from fedserver.aggregation import reading
 from fedserver.aggregation.files import ShardReader, naming_a_full_disk
 from fedserver.aggregation.fold import aggregate
 from fedserver.aggregation.optimizers.sgd import Sgd
 from fedserver.aggregation.pipeline import ModelFiles, Pipeline
+from fedserver.aggregation.prefix import PrefixSums
 from fedserver.aggregation.presets import pipeline_for
 from fedserver.aggregation.reducers.mean import WeightedMean
 from tests.support.floats import nearest
@@ -138,7 +139,7 @@ def cut(draw, tensors):
 def test_bit_for_bit_what_plain_arithmetic_gives(data, case, window):
     kind, rate, tensors, clients, weights = case
     pipeline = Pipeline(kind, WeightedMean(), Sgd(rate))
-    with TemporaryDirectory() as name, mock.patch.object(fold, "WINDOW", window):
+    with TemporaryDirectory() as name, mock.patch.object(reading, "WINDOW", window):
         tmp = Path(name)
         model = put(tmp / "model", Kind.MODEL, cut(data.draw, tensors))
         sent = [
@@ -149,7 +150,13 @@ def test_bit_for_bit_what_plain_arithmetic_gives(data, case, window):
         for turn in range(2):
             out = tmp / f"v{turn}"
             out.mkdir()
-            version = aggregate(model, master, data.draw(st.permutations(sent)), pipeline, out)
+            # Whatever had been added up before, and in how many passes.
+            sums = PrefixSums(tmp / f"sums{turn}")
+            for stop in data.draw(st.sets(st.integers(1, len(sent))).map(sorted)):
+                sums.add(model.manifest, sent[sums.count : stop], pipeline.reducer)
+            version = aggregate(model, master, data.draw(st.permutations(sent)), pipeline, out, sums=sums)
+            if any(t.role is not F and DTYPES[t.dtype].floating for t in tensors):
+                assert version.folded_early == sums.count
             model, master = adopt(version, model)
             for t in tensors:
                 mine = [next(u for u in update if u.name == t.name) for update in clients] if t.role is not F else []
@@ -314,7 +321,7 @@ def test_a_result_too_large_for_its_dtype_is_refused_by_name(tmp_path, dtype, wi
 
 
 def test_a_pass_that_is_not_wanted_any_more_ends_at_its_next_window(tmp_path):
-    ones = [1.0] * (5 * fold.WINDOW)
+    ones = [1.0] * (5 * reading.WINDOW)
     model, updates, out = simple(tmp_path, ones, [ones], [1])
     asked = itertools.count(1)
     with pytest.raises(FedlinkError) as e:

@@ -253,6 +253,33 @@ def test_an_update_that_is_lost_while_it_is_added_up_is_collected_again():
     assert (without.phase, actions) == (Phase.AGGREGATE, [Aggregate(("a", "c", "d"))])
 
 
+def test_an_update_that_is_lost_while_others_are_out_is_collected_again():
+    some, _ = told(opened(Cohort(deadline=50.0)), *accepted("a", "b", "d"))
+    assert step(some, UpdateLost("c", 900.0)) == (some, [])
+    again, actions = step(some, UpdateLost("b", 900.0))
+    assert (again.phase, actions, again.accepted, again.deadline_at) == (Phase.COLLECT, [], ("a", "d"), 900.0)
+    done, actions = told(again, *accepted("c", "b"))
+    assert (done.phase, actions) == (Phase.AGGREGATE, [Aggregate(SITES)])
+
+
+def test_who_comes_first_whatever_becomes_of_the_others():
+    current = opened(Cohort(min_clients=1, task_retries=1))
+    assert current.first == ()
+    current, _ = told(current, *accepted("c", "b"))
+    assert current.first == ()
+    # A failure that may pass is tried again; that of the second attempt is final.
+    current, _ = told(current, TaskChanged("a", TaskState.FAILED, 101.0, retryable=True))
+    assert current.first == ()
+    again, _ = told(current, TaskChanged("a", TaskState.FAILED, 102.0, retryable=True))
+    assert again.first == ("b", "c")
+    assert told(current, *accepted("a"))[0].first == ("a", "b", "c")
+    refused, _ = told(current, TaskChanged("a", TaskState.REFUSED, 102.0))
+    assert refused.first == ("b", "c")
+    # Who is away may come back.
+    away, _ = told(current, TaskChanged("a", TaskState.AWAY, 102.0))
+    assert away.first == ()
+
+
 def test_what_is_wrong_with_the_server_is_told_beside_what_a_run_waits_for():
     view = RunView("active", "w", opened(Cohort()), 101.0, obstacle="the disk is full")
     assert explain(view).endswith("; the disk is full")

@@ -12,7 +12,6 @@ from fedserver.rounds.model import (
     Fail,
     Phase,
     Round,
-    TaskState,
     UpdateLost,
 )
 
@@ -24,9 +23,7 @@ def step(current: Round, event: Event) -> tuple[Round, list[Action]]:
             return replace(current, phase=Phase.COMMITTED), []
         case AggregationFailed(reason=reason):
             return replace(current, phase=Phase.FAILED, reason=reason), [Fail(reason)]
-        case UpdateLost(client=client, not_before=moment) if client in current.accepted:
-            deadline = None if current.deadline_at is None else max(current.deadline_at, moment)
-            again = replace(current.tasks[client], state=TaskState.PENDING)
-            return replace(current.with_task(client, again), phase=Phase.COLLECT, deadline_at=deadline), []
+        case UpdateLost() if event.client in current.accepted:
+            return current.reopened(event), []
         case _:
             return current, []

@@ -17,6 +17,7 @@ from fedserver.rounds.model import (
     TaskChanged,
     TaskState,
     Tick,
+    UpdateLost,
 )
 from fedserver.rounds.wording import listed
 
@@ -33,6 +34,8 @@ def step(current: Round, event: Event) -> tuple[Round, list[Action]]:
             if before and before.state.waited_for and event.state.waited_for:
                 # Nothing that could end the round has changed; all of a thousand sites begin at once.
                 return current, actions
+        case UpdateLost() if event.client in current.accepted:
+            return current.reopened(event), []
         case CloseRequested() if len(current.accepted) >= current.policy.least:
             return _close(current)
         case Tick(now=now) if current.deadline_at is not None and now >= current.deadline_at:
