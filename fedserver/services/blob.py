@@ -22,7 +22,7 @@ from google.protobuf.message import DecodeError
 
 from fedlink import rpc
 from fedlink.batches import WriteBehind, read_ahead, settled
-from fedlink.blobs import CHUNK_SIZE, DIGEST_SIZE, MAX_BLOB_SIZE, MAX_STREAM_BYTES, BlobRef, is_list_of
+from fedlink.blobs import CHUNK_SIZE, DIGEST_SIZE, MAX_BLOB_SIZE, MAX_INLINE_SIZE, MAX_STREAM_BYTES, BlobRef, is_list_of
 from fedlink.bulk import MAX_DIGESTS
 from fedlink.errors import FedlinkError, Reason
 from fedlink.failpoints import reach
@@ -142,7 +142,22 @@ class BlobServicer:
             raise FedlinkError(Reason.DIGEST_MISMATCH, f"The chunk list does not give blob {ref}; hash the file again.")
         upload_id = await self._access.start_upload(caller, purpose, ref, request.chunk_digests)
         committed = await self._run(self._spool.committed, upload_id)
+        if request.content and committed == 0:
+            committed, new = await self._run(self._take_whole, upload_id, ref, request.content)
+            self._access.count_written(upload_id, new)
         return pb.StartUploadResponse(upload_id=upload_id, committed_size=committed, complete=committed == ref.size)
+
+    def _take_whole(self, upload_id: bytes, ref: BlobRef, content: bytes) -> tuple[int, int]:
+        """Write all of a small blob; how much of it is here then, and how much of that is new."""
+        if len(content) != ref.size or ref.size > MAX_INLINE_SIZE:
+            raise FedlinkError(Reason.CHUNK_SIZE, f"content has {len(content)} bytes; it must be all of blob {ref}.")
+        try:
+            return self._spool.append(upload_id, 0, [content]), ref.size
+        except FedlinkError as e:
+            if e.reason is not Reason.OFFSET_MISMATCH:
+                raise
+            # Another call has brought it meanwhile.
+            return self._spool.committed(upload_id), 0
 
     @translated
     async def write_blob(self, requests: AsyncIterator[bytes], context: Context) -> pb.WriteBlobResponse:

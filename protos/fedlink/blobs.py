@@ -23,6 +23,8 @@ MAX_BLOB_SIZE = 64 << 30
 """Bytes in the largest blob; bounds a chunk list to 2 MiB."""
 MAX_MANIFEST_SIZE = 8 << 20
 """Bytes in the largest serialized Manifest."""
+MAX_INLINE_SIZE = 64 << 10
+"""Bytes in the largest blob that travels inside of StartUpload."""
 MAX_STREAM_BYTES = 64 << 20
 """Bytes one bulk stream carries before it ends normally."""
 MAX_PROBE_BYTES = 32 << 20

@@ -21,7 +21,7 @@ import grpc.aio
 
 from fedlink import log
 from fedlink.batches import BATCH_CHUNKS, settled
-from fedlink.blobs import CHUNK_SIZE, BlobRef, ChunkHasher, chunk_spans, first_bad_chunk
+from fedlink.blobs import CHUNK_SIZE, MAX_INLINE_SIZE, BlobRef, ChunkHasher, blob_digest, chunk_spans, first_bad_chunk
 from fedlink.errors import FedlinkError, Reason
 from fedlink.failpoints import reach
 from fedlink.files import Buffer, read_at
@@ -158,7 +158,7 @@ async def upload_file(
         while not isinstance(action, Done):
             match action:
                 case Start():
-                    event: Event = await sending.start()
+                    event: Event = await sending.start(fd)
                 case Send():
                     if state.failures.count:
                         await asyncio.to_thread(_check_unchanged, fd, ref, chunk_digests, action.start)
@@ -249,10 +249,15 @@ class _Sending:
     report: OnProgress
     stall: float
 
-    async def start(self) -> Started | Failed:
+    async def start(self, fd: int) -> Started | Failed:
+        content = os.pread(fd, self.ref.size, 0) if self.ref.size <= MAX_INLINE_SIZE else b""
+        if content and blob_digest(content) != self.ref.digest:
+            return Failed(_changed(self.ref))
         stub: pb_grpc.BlobServiceAsyncStub = pb_grpc.BlobServiceStub(self.channel)
         blob = types_pb2.BlobRef(digest=self.ref.digest, size=self.ref.size)
-        request = pb.StartUploadRequest(blob=blob, chunk_digests=self.chunk_digests, **_purpose_field(self.purpose))
+        request = pb.StartUploadRequest(
+            blob=blob, chunk_digests=self.chunk_digests, content=content, **_purpose_field(self.purpose)
+        )
         try:
             answer = await stub.StartUpload(request, metadata=self.metadata(), timeout=self.stall)
         except grpc.RpcError as e:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from fedlink.v1 import types_pb2 as fedlink_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x66\x65\x64link/v1/blob_service.proto\x12\nfedlink.v1\x1a\x16\x66\x65\x64link/v1/types.proto\"\x83\x01\n\x0fReadBlobRequest\x12\x12\n\ntask_token\x18\x01 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\r\n\x05limit\x18\x04 \x01(\x04\x12\x1d\n\x15include_chunk_digests\x18\x05 \x01(\x08\x12\x0e\n\x06verify\x18\x06 \x01(\x08\"X\n\x10ReadBlobResponse\x12\x0c\n\x04size\x18\x01 \x01(\x04\x12\x15\n\rchunk_digests\x18\x02 \x01(\x0c\x12\x0e\n\x06offset\x18\x03 \x01(\x06\x12\x0f\n\x07payload\x18\x04 \x01(\x0c\"`\n\x17\x46indMissingBlobsRequest\x12\x14\n\ntask_token\x18\x01 \x01(\x0cH\x00\x12\x13\n\timport_id\x18\x02 \x01(\x0cH\x00\x12\x0f\n\x07\x64igests\x18\x03 \x03(\x0c\x42\t\n\x07purpose\"+\n\x18\x46indMissingBlobsResponse\x12\x0f\n\x07missing\x18\x01 \x03(\x0c\"\x84\x01\n\x12StartUploadRequest\x12\x14\n\ntask_token\x18\x01 \x01(\x0cH\x00\x12\x13\n\timport_id\x18\x02 \x01(\x0cH\x00\x12!\n\x04\x62lob\x18\x03 \x01(\x0b\x32\x13.fedlink.v1.BlobRef\x12\x15\n\rchunk_digests\x18\x04 \x01(\x0c\x42\t\n\x07purpose\"R\n\x13StartUploadResponse\x12\x11\n\tupload_id\x18\x01 \x01(\x0c\x12\x16\n\x0e\x63ommitted_size\x18\x02 \x01(\x04\x12\x10\n\x08\x63omplete\x18\x03 \x01(\x08\"L\n\x10WriteBlobRequest\x12\x11\n\tupload_id\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x03 \x01(\x06\x12\x0f\n\x07payload\x18\x04 \x01(\x0cJ\x04\x08\x02\x10\x03\"=\n\x11WriteBlobResponse\x12\x16\n\x0e\x63ommitted_size\x18\x01 \x01(\x04\x12\x10\n\x08\x63omplete\x18\x02 \x01(\x08\"\'\n\x12QueryUploadRequest\x12\x11\n\tupload_id\x18\x01 \x01(\x0c\"?\n\x13QueryUploadResponse\x12\x16\n\x0e\x63ommitted_size\x18\x01 \x01(\x04\x12\x10\n\x08\x63omplete\x18\x02 \x01(\x08\"$\n\x14ProbeDownloadRequest\x12\x0c\n\x04size\x18\x01 \x01(\x04\"D\n\x15ProbeDownloadResponse\x12\x0e\n\x06offset\x18\x03 \x01(\x06\x12\x0f\n\x07payload\x18\x04 \x01(\x0cJ\x04\x08\x01\x10\x02J\x04\x08\x02\x10\x03\"A\n\x12ProbeUploadRequest\x12\x0e\n\x06offset\x18\x03 \x01(\x06\x12\x0f\n\x07payload\x18\x04 \x01(\x0cJ\x04\x08\x01\x10\x02J\x04\x08\x02\x10\x03\"\'\n\x13ProbeUploadResponse\x12\x10\n\x08received\x18\x01 \x01(\x04\x32\xcb\x04\n\x0b\x42lobService\x12G\n\x08ReadBlob\x12\x1b.fedlink.v1.ReadBlobRequest\x1a\x1c.fedlink.v1.ReadBlobResponse0\x01\x12]\n\x10\x46indMissingBlobs\x12#.fedlink.v1.FindMissingBlobsRequest\x1a$.fedlink.v1.FindMissingBlobsResponse\x12N\n\x0bStartUpload\x12\x1e.fedlink.v1.StartUploadRequest\x1a\x1f.fedlink.v1.StartUploadResponse\x12J\n\tWriteBlob\x12\x1c.fedlink.v1.WriteBlobRequest\x1a\x1d.fedlink.v1.WriteBlobResponse(\x01\x12N\n\x0bQueryUpload\x12\x1e.fedlink.v1.QueryUploadRequest\x1a\x1f.fedlink.v1.QueryUploadResponse\x12V\n\rProbeDownload\x12 .fedlink.v1.ProbeDownloadRequest\x1a!.fedlink.v1.ProbeDownloadResponse0\x01\x12P\n\x0bProbeUpload\x12\x1e.fedlink.v1.ProbeUploadRequest\x1a\x1f.fedlink.v1.ProbeUploadResponse(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x66\x65\x64link/v1/blob_service.proto\x12\nfedlink.v1\x1a\x16\x66\x65\x64link/v1/types.proto\"\x83\x01\n\x0fReadBlobRequest\x12\x12\n\ntask_token\x18\x01 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\r\n\x05limit\x18\x04 \x01(\x04\x12\x1d\n\x15include_chunk_digests\x18\x05 \x01(\x08\x12\x0e\n\x06verify\x18\x06 \x01(\x08\"X\n\x10ReadBlobResponse\x12\x0c\n\x04size\x18\x01 \x01(\x04\x12\x15\n\rchunk_digests\x18\x02 \x01(\x0c\x12\x0e\n\x06offset\x18\x03 \x01(\x06\x12\x0f\n\x07payload\x18\x04 \x01(\x0c\"`\n\x17\x46indMissingBlobsRequest\x12\x14\n\ntask_token\x18\x01 \x01(\x0cH\x00\x12\x13\n\timport_id\x18\x02 \x01(\x0cH\x00\x12\x0f\n\x07\x64igests\x18\x03 \x03(\x0c\x42\t\n\x07purpose\"+\n\x18\x46indMissingBlobsResponse\x12\x0f\n\x07missing\x18\x01 \x03(\x0c\"\x95\x01\n\x12StartUploadRequest\x12\x14\n\ntask_token\x18\x01 \x01(\x0cH\x00\x12\x13\n\timport_id\x18\x02 \x01(\x0cH\x00\x12!\n\x04\x62lob\x18\x03 \x01(\x0b\x32\x13.fedlink.v1.BlobRef\x12\x15\n\rchunk_digests\x18\x04 \x01(\x0c\x12\x0f\n\x07\x63ontent\x18\x05 \x01(\x0c\x42\t\n\x07purpose\"R\n\x13StartUploadResponse\x12\x11\n\tupload_id\x18\x01 \x01(\x0c\x12\x16\n\x0e\x63ommitted_size\x18\x02 \x01(\x04\x12\x10\n\x08\x63omplete\x18\x03 \x01(\x08\"L\n\x10WriteBlobRequest\x12\x11\n\tupload_id\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x03 \x01(\x06\x12\x0f\n\x07payload\x18\x04 \x01(\x0cJ\x04\x08\x02\x10\x03\"=\n\x11WriteBlobResponse\x12\x16\n\x0e\x63ommitted_size\x18\x01 \x01(\x04\x12\x10\n\x08\x63omplete\x18\x02 \x01(\x08\"\'\n\x12QueryUploadRequest\x12\x11\n\tupload_id\x18\x01 \x01(\x0c\"?\n\x13QueryUploadResponse\x12\x16\n\x0e\x63ommitted_size\x18\x01 \x01(\x04\x12\x10\n\x08\x63omplete\x18\x02 \x01(\x08\"$\n\x14ProbeDownloadRequest\x12\x0c\n\x04size\x18\x01 \x01(\x04\"D\n\x15ProbeDownloadResponse\x12\x0e\n\x06offset\x18\x03 \x01(\x06\x12\x0f\n\x07payload\x18\x04 \x01(\x0cJ\x04\x08\x01\x10\x02J\x04\x08\x02\x10\x03\"A\n\x12ProbeUploadRequest\x12\x0e\n\x06offset\x18\x03 \x01(\x06\x12\x0f\n\x07payload\x18\x04 \x01(\x0cJ\x04\x08\x01\x10\x02J\x04\x08\x02\x10\x03\"\'\n\x13ProbeUploadResponse\x12\x10\n\x08received\x18\x01 \x01(\x04\x32\xcb\x04\n\x0b\x42lobService\x12G\n\x08ReadBlob\x12\x1b.fedlink.v1.ReadBlobRequest\x1a\x1c.fedlink.v1.ReadBlobResponse0\x01\x12]\n\x10\x46indMissingBlobs\x12#.fedlink.v1.FindMissingBlobsRequest\x1a$.fedlink.v1.FindMissingBlobsResponse\x12N\n\x0bStartUpload\x12\x1e.fedlink.v1.StartUploadRequest\x1a\x1f.fedlink.v1.StartUploadResponse\x12J\n\tWriteBlob\x12\x1c.fedlink.v1.WriteBlobRequest\x1a\x1d.fedlink.v1.WriteBlobResponse(\x01\x12N\n\x0bQueryUpload\x12\x1e.fedlink.v1.QueryUploadRequest\x1a\x1f.fedlink.v1.QueryUploadResponse\x12V\n\rProbeDownload\x12 .fedlink.v1.ProbeDownloadRequest\x1a!.fedlink.v1.ProbeDownloadResponse0\x01\x12P\n\x0bProbeUpload\x12\x1e.fedlink.v1.ProbeUploadRequest\x1a\x1f.fedlink.v1.ProbeUploadResponse(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,25 +41,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FINDMISSINGBLOBSRESPONSE']._serialized_start=391
   _globals['_FINDMISSINGBLOBSRESPONSE']._serialized_end=434
   _globals['_STARTUPLOADREQUEST']._serialized_start=437
-  _globals['_STARTUPLOADREQUEST']._serialized_end=569
-  _globals['_STARTUPLOADRESPONSE']._serialized_start=571
-  _globals['_STARTUPLOADRESPONSE']._serialized_end=653
-  _globals['_WRITEBLOBREQUEST']._serialized_start=655
-  _globals['_WRITEBLOBREQUEST']._serialized_end=731
-  _globals['_WRITEBLOBRESPONSE']._serialized_start=733
-  _globals['_WRITEBLOBRESPONSE']._serialized_end=794
-  _globals['_QUERYUPLOADREQUEST']._serialized_start=796
-  _globals['_QUERYUPLOADREQUEST']._serialized_end=835
-  _globals['_QUERYUPLOADRESPONSE']._serialized_start=837
-  _globals['_QUERYUPLOADRESPONSE']._serialized_end=900
-  _globals['_PROBEDOWNLOADREQUEST']._serialized_start=902
-  _globals['_PROBEDOWNLOADREQUEST']._serialized_end=938
-  _globals['_PROBEDOWNLOADRESPONSE']._serialized_start=940
-  _globals['_PROBEDOWNLOADRESPONSE']._serialized_end=1008
-  _globals['_PROBEUPLOADREQUEST']._serialized_start=1010
-  _globals['_PROBEUPLOADREQUEST']._serialized_end=1075
-  _globals['_PROBEUPLOADRESPONSE']._serialized_start=1077
-  _globals['_PROBEUPLOADRESPONSE']._serialized_end=1116
-  _globals['_BLOBSERVICE']._serialized_start=1119
-  _globals['_BLOBSERVICE']._serialized_end=1706
+  _globals['_STARTUPLOADREQUEST']._serialized_end=586
+  _globals['_STARTUPLOADRESPONSE']._serialized_start=588
+  _globals['_STARTUPLOADRESPONSE']._serialized_end=670
+  _globals['_WRITEBLOBREQUEST']._serialized_start=672
+  _globals['_WRITEBLOBREQUEST']._serialized_end=748
+  _globals['_WRITEBLOBRESPONSE']._serialized_start=750
+  _globals['_WRITEBLOBRESPONSE']._serialized_end=811
+  _globals['_QUERYUPLOADREQUEST']._serialized_start=813
+  _globals['_QUERYUPLOADREQUEST']._serialized_end=852
+  _globals['_QUERYUPLOADRESPONSE']._serialized_start=854
+  _globals['_QUERYUPLOADRESPONSE']._serialized_end=917
+  _globals['_PROBEDOWNLOADREQUEST']._serialized_start=919
+  _globals['_PROBEDOWNLOADREQUEST']._serialized_end=955
+  _globals['_PROBEDOWNLOADRESPONSE']._serialized_start=957
+  _globals['_PROBEDOWNLOADRESPONSE']._serialized_end=1025
+  _globals['_PROBEUPLOADREQUEST']._serialized_start=1027
+  _globals['_PROBEUPLOADREQUEST']._serialized_end=1092
+  _globals['_PROBEUPLOADRESPONSE']._serialized_start=1094
+  _globals['_PROBEUPLOADRESPONSE']._serialized_end=1133
+  _globals['_BLOBSERVICE']._serialized_start=1136
+  _globals['_BLOBSERVICE']._serialized_end=1723
 # @@protoc_insertion_point(module_scope)

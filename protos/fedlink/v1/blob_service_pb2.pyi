@@ -173,12 +173,18 @@ class StartUploadRequest(_message.Message):
     IMPORT_ID_FIELD_NUMBER: _builtins.int
     BLOB_FIELD_NUMBER: _builtins.int
     CHUNK_DIGESTS_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
     task_token: _builtins.bytes
     """As part of a task's result."""
     import_id: _builtins.bytes
     """As part of an operator's import: 16 bytes that the importer chose."""
     chunk_digests: _builtins.bytes
     """32 bytes for each chunk."""
+    content: _builtins.bytes
+    """All of the blob's bytes, if it has at most 64 KiB: then there is nothing left
+    to send. Ignored for a blob that has begun to come; a server that does not
+    know the field asks for the bytes by committed_size, as always.
+    """
     @_builtins.property
     def blob(self) -> _types_pb2.BlobRef:
         """Name and size."""
@@ -190,10 +196,11 @@ class StartUploadRequest(_message.Message):
         import_id: _builtins.bytes = ...,
         blob: _types_pb2.BlobRef | None = ...,
         chunk_digests: _builtins.bytes = ...,
+        content: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "import_id", b"import_id", "purpose", b"purpose", "task_token", b"task_token"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "chunk_digests", b"chunk_digests", "import_id", b"import_id", "purpose", b"purpose", "task_token", b"task_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "chunk_digests", b"chunk_digests", "content", b"content", "import_id", b"import_id", "purpose", b"purpose", "task_token", b"task_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_purpose: _TypeAlias = _typing.Literal["task_token", "import_id"]  # noqa: Y015
     _WhichOneofArgType_purpose: _TypeAlias = _typing.Literal["purpose", b"purpose"]  # noqa: Y015
