@@ -187,8 +187,8 @@ class Work:
 
     async def leave(self) -> None:
         """End what goes on of the task beside `compute` and `deliver`, for neither will go on."""
-        if self._ahead:
-            await self._ahead.stop()
+        if self._computation and self._computation.ahead:
+            await self._computation.ahead.stop()
 
     async def keep_lease(self) -> str:
         """Send heartbeats and metrics until the server says that the task is over; returns its words.
