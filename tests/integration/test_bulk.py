@@ -545,3 +545,23 @@ async def test_cancelled_in_the_middle(server: BlobServer, channel: grpc.aio.Cha
     await bulk.upload_file(channel, source, ref, digests, TASK, metadata=as_client("a"), retry=Retry(**QUICK))
     (upload_id,) = server.spool.ids()
     assert server.spool.path(upload_id).read_bytes() == data
+
+
+async def test_a_small_blob_comes_along_with_the_call_that_announces_it(
+    server: BlobServer, channel: grpc.aio.Channel
+) -> None:
+    peer = Peer(channel)
+    data, other = b"small" * 100, b"large" * 20_000
+    whole = await peer.start(data, content=data)
+    assert whole.complete
+    assert whole.committed_size == len(data)
+    assert server.spool.path(whole.upload_id).read_bytes() == data
+    again = await peer.start(data, content=b"something else: it is here already")
+    assert again.complete
+    with refused(Reason.CHUNK_SIZE):
+        await peer.start(b"other", content=b"othe")
+    with refused(Reason.CHUNK_CORRUPT):
+        await peer.start(b"other", content=b"0ther")
+    assert (await peer.start(b"other")).committed_size == 0
+    with refused(Reason.CHUNK_SIZE):
+        await peer.start(other, content=other)
