@@ -16,7 +16,6 @@ from fedlink.companions import (
     ADAPTER_WEIGHTS,
     INDEX_NAME,
     MAX_COMPANION_BYTES,
-    MAX_COMPANIONS,
     MODEL_WEIGHTS,
     is_companion,
 )
@@ -127,17 +126,17 @@ def companions_in(source: Path) -> list[Path]:
     """The files beside a model's weights that travel with it; of a single file none.
 
     Raises:
-        FedlinkError: BAD_CONFIG: too many, or too large.
+        FedlinkError: BAD_CONFIG: they are too large.
     """
     if not source.is_dir():
         return []
     found = sorted(p for p in source.iterdir() if is_companion(p.name) and p.is_file())
     size = sum(p.stat().st_size for p in found)
-    if len(found) > MAX_COMPANIONS or size > MAX_COMPANION_BYTES:
+    if size > MAX_COMPANION_BYTES:
         raise FedlinkError(
             Reason.BAD_CONFIG,
-            f"{source} has {len(found)} config and tokenizer files of {size} bytes; at most {MAX_COMPANIONS} of "
-            f"{MAX_COMPANION_BYTES} bytes together travel with a model; move those away that it does not need",
+            f"{source} has {size} bytes of config and tokenizer files; at most {MAX_COMPANION_BYTES} travel with a "
+            "model: move those away that it does not need",
         )
     return found
 
