@@ -99,6 +99,7 @@ class Computation:
             client=tools.client,
             run=order.run,
             round=order.round,
+            rounds=order.rounds,
             version=order.version,
             model_dir=model_dir,
             awaited=True,

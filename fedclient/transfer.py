@@ -213,7 +213,7 @@ def _lay_out(manifest: Manifest, model_dir: Path) -> None:
         raise FedlinkError(Reason.BAD_MANIFEST, f"a file of the model is called {MODEL_FILE}")
     fresh_directory(model_dir)
     files = [(file.name, [t.stored for t in manifest.in_file(i)]) for i, file in enumerate(manifest.files)]
-    write_layout(model_dir, files, manifest.aliases)
+    write_layout(model_dir, files, manifest.aliases, manifest.base)
 
 
 def drop_model_files(model_dir: Path) -> None:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from fedclient.trainer.layout import read_layout
 from fedclient.trainer.state import Fill, ModelMismatchError, Start, State
 from fedclient.trainer.wire import UPDATE_STEM, Write
+from fedlink.base import BaseTensor, base_metadata
 from fedlink.tensors import (
     DTYPES,
     Role,
@@ -59,6 +60,8 @@ class ModelDirectory:
     shards: tuple[Shard, ...]
     aliases: Mapping[str, str]
     """Tied names: alias to the tensor that is stored."""
+    base: tuple[BaseTensor, ...] = ()
+    """The frozen base that the model stands on."""
 
     @classmethod
     def read(cls, directory: Path) -> Self:
@@ -67,8 +70,8 @@ class ModelDirectory:
         Raises:
             OSError, ValueError, KeyError: there is none, or it is damaged.
         """
-        files, aliases = read_layout(directory)
-        return cls(tuple(Shard(directory / name, tensors) for name, tensors in files), aliases)
+        files, aliases, base = read_layout(directory)
+        return cls(tuple(Shard(directory / name, tensors) for name, tensors in files), aliases, base)
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
@@ -191,14 +194,15 @@ def write_update(
     return tuple(paths)
 
 
-def write_model(state: State, path: Path) -> None:
-    """Write a whole built model to one file, its roles and tied names in the metadata.
+def write_model(state: State, path: Path, base: Sequence[BaseTensor] = ()) -> None:
+    """Write a whole built model to one file; its roles, tied names and the base it stands on go to the metadata.
 
     Raises:
         ModelMismatchError: it holds something that safetensors cannot.
     """
     specs, aliases = state.specs()
-    with ShardWriter(path, _aligned(specs), {**aliases, **roles_metadata(specs, aliases)}) as writer:
+    metadata = {**aliases, **roles_metadata(specs, aliases), **base_metadata(base)}
+    with ShardWriter(path, _aligned(specs), metadata) as writer:
         for spec in specs:
             at = 0
             for view in state.encoded(spec, Write.WEIGHTS, spec.dtype, _no_start, None):

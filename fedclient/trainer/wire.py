@@ -38,12 +38,14 @@ UPDATE_STEM = "update"
 
 
 class FailReason(enum.StrEnum):
-    """Why a trainer gave no result; the first four are `FailTaskRequest.Reason` in lower case."""
+    """Why a trainer gave no result; all but the last are `FailTaskRequest.Reason` in lower case."""
 
     EXCEPTION = "exception"
     CRASHED = "crashed"
     OUT_OF_MEMORY = "out_of_memory"
     STALLED = "stalled"
+    BASE_MISMATCH = "base_mismatch"
+    """The frozen base is not the run's. `Failure.text` is then of our making and may leave the site."""
     CANCELLED = "cancelled"
 
 
@@ -55,7 +57,7 @@ class JobKind(enum.StrEnum):
     EVALUATE = "evaluate"
     """Measure."""
     INIT = "init"
-    """Build the model from the seed and write it to `model.safetensors`."""
+    """Build the model from the seed, and write it and what belongs beside it: the weights are the first file."""
 
 
 class Write(enum.StrEnum):
@@ -155,6 +157,8 @@ class Job(_Message):
     """Where a training that writes no gradient keeps its checkpoint, and finds the one to go on from."""
     checkpoint_every: float = 0.0
     """Seconds between two checkpoints; 0: none is written, and none is looked for."""
+    rounds: int = 0
+    """Rounds of the whole run; 0: not known."""
 
     def __post_init__(self) -> None:
         """Rebuild the typed values that JSON has no room for."""

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from fedclient.local import init_model, train_local
-from fedclient.local_files import INDEX, LocalModel, export_model, import_model, next_version
+from fedclient.local_files import LocalModel, export_model, import_model, next_version
 from fedclient.trainer.api import Context, Site, derive_seed
 from fedclient.trainer.worker import seed_everything
+from fedlink.companions import INDEX_NAME
 from fedlink.errors import FedlinkError, Reason
 from fedlink.run_file import RunSpec
 from fedlink.tensors import DTYPES, Role, ShardWriter, TensorSpec, apply_metadata, read_header, roles_metadata
@@ -180,7 +181,7 @@ def test_layout_is_canonical_and_frozen_shards_are_linked(tmp_path, monkeypatch)
             for s in part:
                 w.write(s.name, values[s.name])
     index = {"weight_map": {s.name: "x.safetensors" if s in specs[:2] else "y.safetensors" for s in specs}}
-    (sources / INDEX).write_text(json.dumps(index))
+    (sources / INDEX_NAME).write_text(json.dumps(index))
     model = import_model(sources, tmp_path / "0")
     assert [[s.name for s in shard] for _, shard in model.shards] == [["a"], ["n", "b"], ["f"]]
     assert {n: d for n, (_, d) in raw_tensors(*files(model)).items()} == values
@@ -204,6 +205,19 @@ def test_layout_is_canonical_and_frozen_shards_are_linked(tmp_path, monkeypatch)
     assert {t.spec for t in stored} == set(specs)
     assert aliases == {"tied": "a"}
     assert raw_tensors(tmp_path / "out" / "m.safetensors") == raw_tensors(*files(stepped))
+
+
+def test_what_lay_beside_a_model_goes_along_unless_one_file_is_asked_for(tmp_path):
+    (tmp_path / "m").mkdir()
+    with ShardWriter(tmp_path / "m" / "model.safetensors", [TensorSpec("a", "U8", (1,), Role.BUFFER)]) as out:
+        out.write("a", b"x")
+    for name in ("config.json", "evil.py"):
+        (tmp_path / "m" / name).write_text("{}")
+    model = import_model(tmp_path / "m", tmp_path / "0")
+    export_model(model, tmp_path / "out")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"model.safetensors", "config.json"}
+    export_model(model, tmp_path / "out.safetensors")
+    assert raw_tensors(tmp_path / "out.safetensors") == raw_tensors(tmp_path / "m" / "model.safetensors")
 
 
 def files(model: LocalModel):

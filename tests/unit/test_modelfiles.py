@@ -16,11 +16,13 @@ from safetensors import numpy as reference
 
 from fedlink import tensors as fedlink_tensors
 from fedlink.blobs import chunk_digests_of, ref_of
+from fedlink.companions import INDEX_NAME
 from fedlink.errors import FedlinkError, Reason
 from fedlink.manifest import Manifest
 from fedlink.tensors import DTYPES, Role, read_header, roles_metadata
 from fedserver.aggregation.numbers import sound
-from fedserver.modelfiles import INDEX_NAME, ConvertedModel, convert, export
+from fedserver.modelexport import export
+from fedserver.modelfiles import ConvertedModel, convert
 from tests.support.shards import T, read_safetensors, write_safetensors
 
 B, F, P = Role.BUFFER, Role.FROZEN, Role.PARAMETER
@@ -302,7 +304,7 @@ async def test_export_leaves_nothing_behind_when_it_fails(tmp_path, small_shards
             await export(model.manifest, bad, tmp_path / "export")
         assert e.value.reason is Reason.BAD_MANIFEST
     await exported(model, tmp_path / "export")
-    with pytest.raises(FedlinkError, match="holds a model already") as e:
+    with pytest.raises(FedlinkError, match=r"holds model-00001.* already") as e:
         await exported(model, tmp_path / "export")
     assert e.value.reason is Reason.BAD_CONFIG
 
@@ -322,3 +324,13 @@ def test_tensors_of_several_windows(tmp_path):
     model = converted(path)
     assert contents(f.path for f in model.files)["big"][2] == big.tobytes()
     assert model.files[0].entry.blob == ref_of(model.files[0].path.read_bytes())
+
+
+def test_tensors_that_nobody_needs_are_left_out(tmp_path):
+    tensors = [T.of("w", "F32", [1, 2]), T.of("a.position_ids", "I64", [0, 1])]
+    path = source(tmp_path / "m.safetensors", tensors, {"tied": "a.position_ids", "v": "w"})
+    model = converted(path, dropped=["*.position_ids"])
+    assert model.manifest.by_name.keys() == {"w"}
+    assert model.manifest.aliases == {"v": "w"}
+    with pytest.raises(FedlinkError, match="matches no tensor"):
+        converted(path, dropped=["x*"])
