@@ -7,7 +7,7 @@ import math
 import operator
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -49,6 +49,10 @@ class Site:
     """Where site.toml lies."""
     data: Mapping[str, Any]
     """`[workload.NAME.data]`, as written."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """`model` and the tables `lora`, `parameters` and `precision` of `[workload.NAME]`, as far as they are there."""
+    kept: Path | None = None
+    """A directory of this workload's own in the site's state, for what is to outlast the process; made when needed."""
 
     def path(self, key: str) -> Path:
         """The file or directory that `key` of the data table names, relative to site.toml.
@@ -81,6 +85,9 @@ class Workload:
 
     abilities: ClassVar[tuple[str, ...]] = ("train", "gradient", "evaluate")
     """What a class may be able to do; it can do what it overrides."""
+    frozen_base: bool = False
+    """Whether the parameters that require no gradient are the site's own base: they are then no part of the run's
+    model, only their digests are. May be set on the instance in `__init__`."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -93,6 +100,24 @@ class Workload:
         Import torch at the top of the module: only then is it seeded before the first call.
         """
         raise NotImplementedError
+
+    def tensor_names(self, model: Any) -> Mapping[str, str]:  # noqa: ARG002 - for those who override it
+        """Other names under which tensors of `state_dict()` travel: the name there to the one in the run's model."""
+        return {}
+
+    def model_files(self) -> Mapping[str, bytes]:
+        """Small files that belong beside the model's weights, by name; `fedclient init-model` writes them.
+
+        Called after `build_model`.
+        """
+        return {}
+
+    def describe_data(self) -> Mapping[str, Any]:
+        """What `fedclient doctor` reports of the site's data, as JSON; by default nothing.
+
+        It stays at the site: the report is printed there.
+        """
+        return {}
 
     def train(self, model: Any, ctx: Context) -> None:
         """Train the model in place, looping over `ctx.steps(n)`, and set `ctx.num_examples`."""
@@ -122,6 +147,7 @@ class Context:
         run: name of the run.
         round: number of the round, from 1; for an evaluation, of the version.
         version: version of the run's model that was loaded.
+        rounds: how many rounds the run is to have; 0 if that is not known.
         num_examples: examples used; set it before you return.
     """
 
@@ -135,6 +161,7 @@ class Context:
         run: str = "",
         round: int = 0,  # noqa: A002 - the attribute's name
         version: int = 0,
+        rounds: int = 0,
         max_steps: int = 0,
         report: Callable[[Progress], None] = lambda _: None,
         cancelled: Callable[[], bool] = lambda: False,
@@ -146,6 +173,7 @@ class Context:
         self.run = run
         self.round = round
         self.version = version
+        self.rounds = rounds
         self.num_examples: int | None = None
         self._max_steps = max_steps
         self._report = report
