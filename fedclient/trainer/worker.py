@@ -30,6 +30,7 @@ from fedclient.trainer.api import CancelledJob, Context, Site, Workload, derive_
 from fedclient.trainer.checkpoint import Checkpoints, CheckpointUnusable
 from fedclient.trainer.files import Loader, ModelDirectory, write_model, write_update
 from fedclient.trainer.memory import is_out_of_memory, peak_device_memory
+from fedclient.trainer.options import BUILT_IN
 from fedclient.trainer.pipe import Pipe
 from fedclient.trainer.schema import parse_settings, settings_schema
 from fedclient.trainer.state import State, state_of
@@ -68,7 +69,8 @@ class Worker:
         self._start = start
         self._class = find_class(start.trainer, Path(start.directory))
         self._schema = settings_schema(self._class.Settings)
-        self._workload = self._class(Site(start.site, Path(start.directory), start.data))
+        site = Site(start.site, Path(start.directory), start.data, start.options, Path(start.kept))
+        self._workload = self._class(site)
         self._context = Context(settings=None)
         self._checkpoints: Checkpoints | None = None
         self._model: tuple[int, Any, State, Loader] | None = None
@@ -106,6 +108,8 @@ class Worker:
         self._close_checkpoints()
         if job.kind is JobKind.INIT:
             return self._init(job)
+        if job.kind is JobKind.DESCRIBE:
+            return Result(0, 0, {}, 0.0, memory_bytes=peak_memory(), data=dict(self._workload.describe_data()))
         if job.model_dir is None:
             raise WorkloadError(f"a job to {job.kind.value} needs the model's directory")
         directory = ModelDirectory.read(job.model_dir)
@@ -163,8 +167,10 @@ class Worker:
     def _new_checkpoints(self, job: Job, directory: Path, state: State) -> Checkpoints:
         """Checkpoints that are good for nothing but this very job, on this data, by this code's versions."""
         table = job.to_json()
-        own = ("settings", "seed", "client", "run", "round", "version", "model_key", "max_steps")
-        owner = {name: table[name] for name in own} | self._start.to_json() | {"device": "", "versions": _versions()}
+        own = ("settings", "seed", "client", "run", "round", "rounds", "version", "model_key", "max_steps")
+        owner = (
+            {name: table.get(name) for name in own} | self._start.to_json() | {"device": "", "versions": _versions()}
+        )
         return Checkpoints(
             directory,
             owner=json.dumps(owner, sort_keys=True),
@@ -216,6 +222,7 @@ class Worker:
             run=job.run,
             round=job.round,
             version=job.version,
+            rounds=getattr(job, "rounds", 0),
             max_steps=job.max_steps,
             report=self._report,
             cancelled=self._pipe.cancelled,
@@ -236,14 +243,14 @@ def check_protocol(version: int) -> None:
 
 
 def find_class(trainer: str, directory: Path) -> type[Workload]:
-    """Import `module:Class`, looked up in `directory` first, then among the installed packages.
+    """Import `module:Class`, looked up in `directory` first, then among the installed packages; or a built-in one.
 
     Raises:
         WorkloadError: there is no such class, or it is no usable Workload.
         Exception: whatever importing the module raises.
     """
     sys.path.insert(0, str(directory))
-    module, _, name = trainer.partition(":")
+    module, _, name = BUILT_IN.get(trainer, trainer).partition(":")
     found = getattr(importlib.import_module(module), name, None)
     if not isinstance(found, type) or not issubclass(found, Workload):
         raise WorkloadError(f"{trainer}: there is no class {name} in it that derives from fedclient.trainer.Workload")
