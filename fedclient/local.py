@@ -154,6 +154,7 @@ class _Run:
             client=self._site.name,
             run=self._spec.name or self._spec.workload,
             round=number,
+            rounds=self._spec.rounds,
             version=version,
             model_dir=model.directory,
             model_key=model.directory.name,

@@ -86,8 +86,7 @@ class Workload:
     abilities: ClassVar[tuple[str, ...]] = ("train", "gradient", "evaluate")
     """What a class may be able to do; it can do what it overrides."""
     frozen_base: bool = False
-    """Whether the parameters that require no gradient are the site's own base: they are then no part of the run's
-    model, only their digests are. May be set on the instance in `__init__`."""
+    """Parameters that require no gradient are the site's own base: not part of the run's model, only their digests."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -101,15 +100,12 @@ class Workload:
         """
         raise NotImplementedError
 
-    def tensor_names(self, model: Any) -> Mapping[str, str]:  # noqa: ARG002 - for those who override it
-        """Other names under which tensors of `state_dict()` travel: the name there to the one in the run's model."""
+    def tensor_names(self, model: Any) -> Mapping[str, str]:  # noqa: ARG002 - for who overrides it
+        """Other names under which tensors of `state_dict()` travel: the name there to the name that travels."""
         return {}
 
     def model_files(self) -> Mapping[str, bytes]:
-        """Small files that belong beside the model's weights, by name; `fedclient init-model` writes them.
-
-        Called after `build_model`.
-        """
+        """Small files that belong beside the model's weights, by name; `fedclient init-model` writes them."""
         return {}
 
     def describe_data(self) -> Mapping[str, Any]:
@@ -146,8 +142,8 @@ class Context:
         client: this site's name at the server.
         run: name of the run.
         round: number of the round, from 1; for an evaluation, of the version.
+        rounds: rounds of the whole run, as the server knows it now; 0 if unknown.
         version: version of the run's model that was loaded.
-        rounds: how many rounds the run is to have; 0 if that is not known.
         num_examples: examples used; set it before you return.
     """
 
@@ -160,8 +156,8 @@ class Context:
         client: str = "",
         run: str = "",
         round: int = 0,  # noqa: A002 - the attribute's name
-        version: int = 0,
         rounds: int = 0,
+        version: int = 0,
         max_steps: int = 0,
         report: Callable[[Progress], None] = lambda _: None,
         cancelled: Callable[[], bool] = lambda: False,
@@ -172,8 +168,8 @@ class Context:
         self.client = client
         self.run = run
         self.round = round
-        self.version = version
         self.rounds = rounds
+        self.version = version
         self.num_examples: int | None = None
         self._max_steps = max_steps
         self._report = report

@@ -158,6 +158,8 @@ class Job(_Message):
     """Where a training that writes no gradient keeps its checkpoint, and finds the one to go on from."""
     checkpoint_every: float = 0.0
     """Seconds between two checkpoints; 0: none is written, and none is looked for."""
+    rounds: int = 0
+    """Rounds of the whole run; 0: not known."""
 
     def __post_init__(self) -> None:
         """Rebuild the typed values that JSON has no room for."""

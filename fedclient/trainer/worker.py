@@ -168,9 +168,7 @@ class Worker:
         """Checkpoints that are good for nothing but this very job, on this data, by this code's versions."""
         table = job.to_json()
         own = ("settings", "seed", "client", "run", "round", "rounds", "version", "model_key", "max_steps")
-        owner = (
-            {name: table.get(name) for name in own} | self._start.to_json() | {"device": "", "versions": _versions()}
-        )
+        owner = {name: table[name] for name in own} | self._start.to_json() | {"device": "", "versions": _versions()}
         return Checkpoints(
             directory,
             owner=json.dumps(owner, sort_keys=True),
@@ -221,8 +219,8 @@ class Worker:
             client=job.client,
             run=job.run,
             round=job.round,
+            rounds=job.rounds,
             version=job.version,
-            rounds=getattr(job, "rounds", 0),
             max_steps=job.max_steps,
             report=self._report,
             cancelled=self._pipe.cancelled,

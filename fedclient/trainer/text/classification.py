@@ -39,6 +39,7 @@ class SequenceClassification(FineTuning):
 
     kind = "AutoModelForSequenceClassification"
     task = "SEQ_CLS"
+    new_head = True
     Settings = ClassificationSettings
 
     @cached_property

@@ -83,6 +83,8 @@ class FineTuning(Workload):
     """The class of transformers that makes the model, such as "AutoModelForCausalLM"."""
     task: ClassVar[lora.Task]
     """What peft calls its purpose."""
+    new_head: ClassVar[bool] = False
+    """Whether the directory may lack what is not the body of the model; it is then drawn from the run's seed."""
     Settings = FineTuningSettings
 
     def __init__(self, site: Site) -> None:
@@ -169,14 +171,14 @@ class FineTuning(Workload):
         """See `Workload`."""
         dtype = weights_dtype(self.precision.weights)
         if self.lora is None:
-            model, _ = self.pretrained.model(self.kind, self.config, dtype)
+            model = self.pretrained.model(self.kind, self.config, dtype, new_head=self.new_head)
             choose_parameters(model, self.parameters)
         else:
             # The base is the same for every run, whatever its seed: its digests say so.
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(_BASE_SEED)
-                base, fresh = self.pretrained.model(self.kind, self.config, dtype)
-            model = lora.with_adapters(base, self.lora, self.task, fresh)
+                base = self.pretrained.model(self.kind, self.config, dtype, new_head=self.new_head)
+            model = lora.with_adapters(base, self.lora, self.task)
             self._adapter_file = lora.adapter_file(model, Path(str(self.site.options["model"])).name)
         if self.precision.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

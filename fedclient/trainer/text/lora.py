@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Collection
 from typing import Any, Literal
 
 import torch
@@ -13,17 +12,14 @@ from fedclient.trainer.options import LoraOptions
 
 Task = Literal["CAUSAL_LM", "SEQ_CLS"]
 
-_PREFIX = "base_model.model."
 
-
-def with_adapters(model: Any, options: LoraOptions, task: Task, fresh: Collection[str]) -> Any:
+def with_adapters(model: Any, options: LoraOptions, task: Task) -> Any:
     """A model with adapters, which alone train, besides `modules_to_save` and a classifier's head.
 
     Args:
         model: the base, whose parameters are frozen.
         options: `[workload.NAME.lora]`.
         task: what the model is for.
-        fresh: names of the base's tensors that were not in its files.
 
     Raises:
         ValueError: a target is not in the model.
@@ -38,30 +34,16 @@ def with_adapters(model: Any, options: LoraOptions, task: Task, fresh: Collectio
         modules_to_save=list(options.modules_to_save) or None,
         task_type=task,
     )
-    adapted = peft.get_peft_model(model, config)
-    _forget_fresh(adapted, fresh)
-    return adapted
+    return peft.get_peft_model(model, config)
 
 
 def adapter_names(model: Any) -> dict[str, str]:
-    """What peft calls each tensor of `state_dict()` in adapter_model.safetensors; of the base, what the base does.
-
-    The base's own names make its digests those of the model that it was loaded from.
-    """
+    """What peft calls the tensors of an adapter in adapter_model.safetensors, by their names in `state_dict()`."""
     peft: Any = importlib.import_module("peft")
     tensors = model.state_dict()
     named = {_place(tensor): name for name, tensor in tensors.items()}
     saved = peft.get_peft_model_state_dict(model, state_dict=tensors, save_embedding_layers=False)
-    names = {named[_place(tensor)]: name for name, tensor in saved.items()}
-    for name in tensors:
-        if name not in names:
-            names[name] = base_name(name)
-    return {name: travelling for name, travelling in names.items() if name != travelling}
-
-
-def base_name(name: str) -> str:
-    """What a tensor of the base is called in the base."""
-    return name.removeprefix(_PREFIX).replace(".base_layer.", ".").replace(".original_module.", ".")
+    return {named[_place(tensor)]: name for name, tensor in saved.items()}
 
 
 def adapter_file(model: Any, base: str) -> bytes:
@@ -75,14 +57,6 @@ def adapter_file(model: Any, base: str) -> bytes:
     table = config.to_dict() | {"base_model_name_or_path": base, "inference_mode": True}
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in table.items()}
     return json.dumps(plain, indent=2, sort_keys=True).encode() + b"\n"
-
-
-def _forget_fresh(adapted: Any, fresh: Collection[str]) -> None:
-    """Zero what the base drew at random and the adapter replaces: it computes nothing, and must be equal everywhere."""
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if ".original_module." in name and base_name(name) in fresh:
-                parameter.zero_()
 
 
 def _place(tensor: torch.Tensor) -> object:

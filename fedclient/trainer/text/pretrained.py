@@ -97,10 +97,16 @@ class Pretrained:
         except (OSError, ValueError, KeyError) as e:
             raise PretrainedError(f"{self._directory}: its config.json cannot be used: {e}") from None
 
-    def model(self, kind: str, config: Any, dtype: torch.dtype | str) -> tuple[Any, set[str]]:
-        """Its weights in a model of a kind, such as "AutoModelForCausalLM", and the names of those that are new.
+    def model(self, kind: str, config: Any, dtype: torch.dtype | str, *, new_head: bool = False) -> Any:
+        """Its weights, in a model of a kind such as "AutoModelForCausalLM".
 
         The model is laid out without memory, and each tensor is put into it as it is read.
+
+        Args:
+            kind: a class of transformers.
+            config: what the model is.
+            dtype: what weights are held in.
+            new_head: whether what is not the body of the model may be missing, or of another size, and is drawn anew.
 
         Raises:
             PretrainedError: they do not fit.
@@ -114,11 +120,17 @@ class Pretrained:
                 dtype=dtype,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=new_head,
                 **self._trusting,
             )
         except (OSError, ValueError, KeyError, RuntimeError) as e:
             raise PretrainedError(f"{self._directory}: its weights cannot be loaded: {e}") from None
-        return model, set(report["missing_keys"]) | {name for name, *_ in report["mismatched_keys"]}
+        for name in sorted({name for name, *_ in report["mismatched_keys"]} | set(report["missing_keys"])):
+            # A body may come without its pooler, which only classifiers use.
+            is_head = not name.startswith(f"{model.base_model_prefix}.") or ".pooler." in name
+            if not (new_head and is_head):
+                raise PretrainedError(f"{self._directory}: its weights do not have {name!r} as config.json wants it")
+        return model
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """The files of its tokenizer, by name."""
