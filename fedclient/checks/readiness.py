@@ -43,7 +43,8 @@ def _part(what: str, part: Mapping[str, Any]) -> Finding:
 def _said(part: Mapping[str, Any]) -> Iterator[str]:
     yield f"{part['examples']} examples"
     if length := part.get("length"):
-        yield f"{part['tokens']} tokens (median {length['median']}, 95 % up to {length['p95']}, longest {length['max']})"
+        spread = f"median {length['median']}, 95 % up to {length['p95']}, longest {length['max']}"
+        yield f"{part['tokens']} tokens ({spread})"
     if part.get("truncated"):
         yield f"{part['truncated']:.1%} cut at {part['max_length']}"
     if part.get("duplicates"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +39,12 @@ async def check_training_step(visit: Examination) -> Finding:
 
 async def _data(visit: Examination, name: str) -> Finding:
     settings = visit.site.workload[name]
-    table = dict(data_files(settings.data)) if settings.built_in else settings.data
-    files = await off_loop(_files, name, visit.site.directory, table)
+    named = data_files(settings.data) if settings.built_in else list(settings.data.items())
+    files = await off_loop(_files, name, visit.site.directory, named)
     if files.outcome is Outcome.OK:
         files = together([files, *await _described(visit, name)])
-    if (
-        files.outcome is Outcome.FAILED
-        or not visit.train
-        or "evaluate" not in visit.descriptions[name].abilities
-        or _undecided(visit, name)
-    ):
+    evaluates = "evaluate" in visit.descriptions[name].abilities and not _undecided(visit, name)
+    if files.outcome is Outcome.FAILED or not visit.train or not evaluates:
         return files
     try:
         model = await _built(visit, name)
@@ -164,10 +160,10 @@ def _undecided(visit: Examination, name: str) -> list[str]:
     return list(visit.descriptions[name].settings_schema.get("required", ()))
 
 
-def _files(name: str, directory: Path, table: Mapping[str, Any]) -> Finding:
-    """What in a data table looks like a path, and whether it is there. The table is free-form: more cannot be known."""
+def _files(name: str, directory: Path, named: Sequence[tuple[str, Any]]) -> Finding:
+    """What in a data table looks like a path, and whether it is there. A free-form one tells no more."""
     there = []
-    for key, value in table.items():
+    for key, value in named:
         if not isinstance(value, str) or not value or "://" in value:
             continue
         if (directory / value).exists():
@@ -177,7 +173,7 @@ def _files(name: str, directory: Path, table: Mapping[str, Any]) -> Finding:
                 f"{name}: data.{key} names no file or directory: {directory / value}",
                 f"If {key} is meant to be a path, put the data there, or correct it in [workload.{name}.data].",
             )
-    return ok(f"{name}: {', '.join(there)} there" if there else f"{name}: its data table names no file")
+    return ok(f"{name}: {', '.join(dict.fromkeys(there))} there" if there else f"{name}: its data table names no file")
 
 
 def _emptied(directory: Path) -> None:
