@@ -264,6 +264,8 @@ class Trainer:
             directory=str(self._site.directory),
             data=self._workload.data,
             device=self._device,
+            options=self._workload.options,
+            kept=str(self._runtime_dir / "kept" / self._name),
         )
 
     async def _watch(

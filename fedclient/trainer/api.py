@@ -7,7 +7,7 @@ import math
 import operator
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -49,6 +49,10 @@ class Site:
     """Where site.toml lies."""
     data: Mapping[str, Any]
     """`[workload.NAME.data]`, as written."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """`model` and the tables `lora`, `parameters` and `precision` of `[workload.NAME]`, as far as they are there."""
+    kept: Path | None = None
+    """A directory of this workload's own in the site's state, for what is to outlast the process; made when needed."""
 
     def path(self, key: str) -> Path:
         """The file or directory that `key` of the data table names, relative to site.toml.
@@ -102,6 +106,13 @@ class Workload:
 
     def model_files(self) -> Mapping[str, bytes]:
         """Small files that belong beside the model's weights, by name; `fedclient init-model` writes them."""
+        return {}
+
+    def describe_data(self) -> Mapping[str, Any]:
+        """What `fedclient doctor` reports of the site's data, as JSON; by default nothing.
+
+        It stays at the site: the report is printed there.
+        """
         return {}
 
     def train(self, model: Any, ctx: Context) -> None:

@@ -58,6 +58,8 @@ class JobKind(enum.StrEnum):
     """Measure."""
     INIT = "init"
     """Build the model from the seed, and write it and what belongs beside it: the weights are the first file."""
+    DESCRIBE = "describe"
+    """Say what there is to know of the data, for the site's own eyes."""
 
 
 class Write(enum.StrEnum):
@@ -97,7 +99,11 @@ class Start(_Message):
     data: Mapping[str, Any]
     """`[workload.NAME.data]`."""
     device: str
-    """ "cpu", "cuda:0", "mps", or "auto"."""
+    """One of "cpu", "cuda:0", "mps", or "auto"."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """What site.toml says for built-in workloads: `fedclient.settings.WorkloadSettings.options`."""
+    kept: str = ""
+    """A directory for what the class keeps between processes; not made yet."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +205,8 @@ class Result(_Message):
     """Peak resident memory of the process."""
     device_memory_bytes: int = 0
     """Peak memory that torch took on accelerators; 0 without one."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """What `Workload.describe_data` gave."""
 
     def __post_init__(self) -> None:
         """Rebuild the typed values that JSON has no room for."""

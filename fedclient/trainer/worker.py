@@ -31,6 +31,7 @@ from fedclient.trainer.api import CancelledJob, Context, Site, Workload, derive_
 from fedclient.trainer.checkpoint import Checkpoints, CheckpointUnusable
 from fedclient.trainer.files import Loader, ModelDirectory, Shard, write_model, write_update
 from fedclient.trainer.memory import is_out_of_memory, peak_device_memory
+from fedclient.trainer.options import BUILT_IN
 from fedclient.trainer.own_base import BaseMismatchError, OwnBase
 from fedclient.trainer.pipe import Pipe
 from fedclient.trainer.schema import parse_settings, settings_schema
@@ -83,7 +84,8 @@ class Worker:
         self._start = start
         self._class = find_class(start.trainer, Path(start.directory))
         self._schema = settings_schema(self._class.Settings)
-        self._workload = self._class(Site(start.site, Path(start.directory), start.data))
+        site = Site(start.site, Path(start.directory), start.data, start.options, Path(start.kept))
+        self._workload = self._class(site)
         self._context = Context(settings=None)
         self._checkpoints: Checkpoints | None = None
         self._model: _Built | None = None
@@ -112,15 +114,17 @@ class Worker:
         except CheckpointUnusable as e:
             assert self._checkpoints is not None
             self._checkpoints.put_aside(str(e))
-        # Half of what was to be brought back may have been.
+        # Half of what was to be brought back may have been. No shard is told twice, and by now all are there.
         self._drop_model()
-        return self._run(job, resume=False)
+        return self._run(replace(job, awaited=False), resume=False)
 
     def _run(self, job: Job, *, resume: bool = True) -> Result:
         self._context = Context(settings=None)
         self._close_checkpoints()
         if job.kind is JobKind.INIT:
             return self._init(job)
+        if job.kind is JobKind.DESCRIBE:
+            return Result(0, 0, {}, 0.0, memory_bytes=peak_memory(), data=dict(self._workload.describe_data()))
         if job.model_dir is None:
             raise WorkloadError(f"a job to {job.kind.value} needs the model's directory")
         directory = ModelDirectory.read(job.model_dir)
@@ -280,14 +284,14 @@ def check_protocol(version: int) -> None:
 
 
 def find_class(trainer: str, directory: Path) -> type[Workload]:
-    """Import `module:Class`, looked up in `directory` first, then among the installed packages.
+    """Import `module:Class`, looked up in `directory` first, then among the installed packages; or a built-in one.
 
     Raises:
         WorkloadError: there is no such class, or it is no usable Workload.
         Exception: whatever importing the module raises.
     """
     sys.path.insert(0, str(directory))
-    module, _, name = trainer.partition(":")
+    module, _, name = BUILT_IN.get(trainer, trainer).partition(":")
     found = getattr(importlib.import_module(module), name, None)
     if not isinstance(found, type) or not issubclass(found, Workload):
         raise WorkloadError(f"{trainer}: there is no class {name} in it that derives from fedclient.trainer.Workload")
