@@ -1,6 +1,6 @@
 """One run: feeds its round machine, and does what the machine asks for.
 
-Every change goes through `_lock`, so transitions are serial. A change is computed by the
+Every change goes through `lock`, so transitions are serial. A change is computed by the
 pure machine, written in one transaction (`records`), and only then shown to sites and
 watchers. A crash between any two lines leaves what the last transaction said, and
 `start` goes on from there.
@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
 from sqlalchemy import Connection
 
@@ -52,32 +51,16 @@ from fedserver.runtime.evaluations import Evaluations
 from fedserver.runtime.parts import Parts
 from fedserver.runtime.tidying import Tidying
 from fedserver.runtime.versions import StoredVersion
-from fedserver.runtime.whole import whole
+from fedserver.runtime.whole import serial, whole
 from fedserver.store.disk import is_disk
 from fedserver.store.queries import runs as q
 from fedserver.store.queries import tasks as task_queries
 from fedserver.store.rows import RunRow, TaskRow
 
-P = ParamSpec("P")
-T = TypeVar("T")
 _Work = Callable[[Connection], Any]
 _NAMES = {IssueTasks: "issued", Reissue: "reissued", Aggregate: "closed", Fail: "failed"}
 _ASK_AGAIN = 3
 """Times a site is asked again for one update whose bytes have changed here."""
-
-
-def _serial(
-    method: Callable[Concatenate[RunDriver, P], Coroutine[Any, Any, T]],
-) -> Callable[Concatenate[RunDriver, P], Coroutine[Any, Any, T]]:
-    """Hold the driver's lock while a method runs, and run it to its end even if the caller goes away."""
-
-    @whole
-    @functools.wraps(method)
-    async def call(driver: RunDriver, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        async with driver._lock:  # noqa: SLF001 - the decorator is part of the class
-            return await method(driver, *args, **kwargs)
-
-    return call
 
 
 @contextlib.contextmanager
@@ -100,6 +83,7 @@ class RunDriver:
 
     Attributes:
         tidying: deletes what the run does not need any more, also after its end.
+        lock: held while a transition is computed, written and shown.
     """
 
     def __init__(self, row: RunRow, parts: Parts, ended: Callable[[int], None]) -> None:
@@ -110,7 +94,7 @@ class RunDriver:
         self._db = parts.database
         self._board = parts.board
         self._ended = ended
-        self._lock = asyncio.Lock()
+        self.lock = asyncio.Lock()
         self._aggregation = Aggregation(row.name, self._make_version, self._settle)
         self._early = EarlyFold(row, parts, whole(self._asked_again))
         self.tidying = Tidying(row, parts)
@@ -126,7 +110,7 @@ class RunDriver:
             extended: the run had ended and was just given more rounds: it does the next one even if the version
                 there is has reached the target.
         """
-        async with self._lock:
+        async with self.lock:
             unfinished = await self._db.run(lambda c: task_queries.versions_in_evaluation(c, self.row.id))
             self._evaluations.restore(unfinished)
             found = await self._db.run(lambda c: q.newest_round(c, self.row.id))
@@ -152,13 +136,13 @@ class RunDriver:
 
     # --- What it is told
 
-    @_serial
+    @serial
     async def sites_changed(self) -> None:
         """Sites came, went or changed what they offer."""
         if self.round is not None and self.round.phase is Phase.SELECT:
             await self._try_select()
 
-    @_serial
+    @serial
     async def tick(self, now: float) -> None:
         """Time has passed; while the server drains, no deadline does."""
         if self.round is not None and self.round.phase is Phase.SELECT:
@@ -171,7 +155,7 @@ class RunDriver:
         await self._close_evaluations(-math.inf if self._board.draining else now)
         await self._resume()
 
-    @_serial
+    @serial
     async def task_changed(self, task: OpenTask, state: TaskState) -> None:
         """A task was fetched, left by its site, came back, or is being checked.
 
@@ -181,13 +165,13 @@ class RunDriver:
         if task.check is None or state is TaskState.CHECKING:
             await self._move(task, state)
 
-    @_serial
+    @serial
     async def task_lapsed(self, task: OpenTask) -> None:
         """A task's term was over a moment ago; if it still is, its site is away."""
         if task.term_over(time.monotonic()):
             await self._move(task, TaskState.AWAY)
 
-    @_serial
+    @serial
     async def task_ended(
         self, task: OpenTask, state: TaskState, values: Mapping[str, Any], *, retryable: bool = False
     ) -> bool:
@@ -208,7 +192,7 @@ class RunDriver:
             await self._close_evaluations(time.time())
         return True
 
-    @_serial
+    @serial
     async def close_round(self) -> None:
         """Close the open round with what has arrived.
 
@@ -223,7 +207,7 @@ class RunDriver:
             raise FedlinkError(Reason.BELOW_QUORUM, f"round {current.number} has {have}")
         await self._apply(CloseRequested(time.time()))
 
-    @_serial
+    @serial
     async def set_paused(self, *, paused: bool) -> None:
         """Open no further round, or go on.
 
@@ -242,13 +226,13 @@ class RunDriver:
             self.round = renewed
             await self._try_select()
 
-    @_serial
+    @serial
     async def stop(self) -> None:
         """End the run now, without a new version."""
         if self.row.state in q.LIVE_STATES:
             await self._end("stopped", "stopped by an operator")
 
-    @_serial
+    @serial
     async def set_rounds(self, rounds: int) -> None:
         """Change the number of rounds.
 
@@ -275,7 +259,7 @@ class RunDriver:
         if self.round is None:
             await self._go_on()
 
-    # --- The round; from here on `_lock` is held
+    # --- The round; from here on `lock` is held
 
     async def _apply(self, event: Event, *also: _Work) -> None:
         """Feed the machine; write what changed, and `also`, in one transaction; then act."""
@@ -395,7 +379,7 @@ class RunDriver:
         scratch = f"aggregate-{self.row.id}-{current.number}-{current.attempt}"
         sums = await self._early.taken()
         try:
-            async with self._parts.versions.built(self.row, base, tasks, scratch, sums) as stored, self._lock:
+            async with self._parts.versions.built(self.row, base, tasks, scratch, sums) as stored, self.lock:
                 if self.round is current:
                     await self._commit_version(current, stored, tasks, time.monotonic() - started)
         finally:
@@ -421,7 +405,7 @@ class RunDriver:
         self._log.error("asks for an update again", round=current.number, client=client, because=error.message)
         # Without the lock: a large update takes minutes, and the clock of every run would stop meanwhile.
         await self._parts.versions.reverify(lost[0])
-        async with self._lock:
+        async with self.lock:
             if self._counts(client, current):
                 self._asked[lost[0].id] += 1
                 self._early.drop()
@@ -448,7 +432,7 @@ class RunDriver:
             if self.round is current:  # otherwise the run was stopped, and its updates are gone
                 self._log.error("aggregation failed", round=current.number, exc_info=error)
             reason = f"an error in the server ({type(error).__name__}); its log has the details"
-        async with self._lock:
+        async with self.lock:
             if self.round is current:
                 await self._apply(AggregationFailed(reason))
 

@@ -5,10 +5,18 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Callable, Coroutine
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+class _Locked(Protocol):
+    @property
+    def lock(self) -> asyncio.Lock: ...
+
+
+S = TypeVar("S", bound=_Locked)
 
 
 def whole(method: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
@@ -28,6 +36,20 @@ def whole(method: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[
             if not task.done():
                 task.add_done_callback(_report)
             raise
+
+    return call
+
+
+def serial(
+    method: Callable[Concatenate[S, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[S, P], Coroutine[Any, Any, T]]:
+    """Decorate a method: it holds its object's `lock`, and runs to its end as `whole` has it."""
+
+    @whole
+    @functools.wraps(method)
+    async def call(owner: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        async with owner.lock:
+            return await method(owner, *args, **kwargs)
 
     return call
 
