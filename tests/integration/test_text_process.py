@@ -50,6 +50,7 @@ def training(directory: Path, name: str, **given: Any) -> Job:
     return Job(**(table | {"model_dir": directory / "model", "out_dir": out} | given))
 
 
+@pytest.mark.timeout(300)
 async def test_described_trained_and_measured_in_one_process(site: SiteSettings, tmp_path: Path):
     trainer = make_trainer(site)
     try:
@@ -75,6 +76,7 @@ async def test_described_trained_and_measured_in_one_process(site: SiteSettings,
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 async def test_killed_at_a_step_it_goes_on_to_the_same_bits(
     site: SiteSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
