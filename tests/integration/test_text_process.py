@@ -28,11 +28,13 @@ labels = ["neg", "pos"]
 [workload.w.parameters]
 freeze = ["bert.embeddings.*"]
 """
-SETTINGS = {"learning_rate": 0.005, "batch_size": 4, "epochs": 4}
+SETTINGS = {"learning_rate": 0.005, "batch_size": 4, "epochs": 2}
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> SiteSettings:
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SiteSettings:
+    # Threads would wait for each other longer than they compute.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     save_bert(tmp_path / "bert")
     write_jsonl(tmp_path / "a.jsonl", reviews(24))
     write_jsonl(tmp_path / "b.jsonl", reviews(16, first=24))
@@ -48,6 +50,7 @@ def training(directory: Path, name: str, **given: Any) -> Job:
     return Job(**(table | {"model_dir": directory / "model", "out_dir": out} | given))
 
 
+@pytest.mark.timeout(300)
 async def test_described_trained_and_measured_in_one_process(site: SiteSettings, tmp_path: Path):
     trainer = make_trainer(site)
     try:
@@ -63,7 +66,7 @@ async def test_described_trained_and_measured_in_one_process(site: SiteSettings,
         assert found.details == {"w": data}
         await init(trainer, tmp_path / "model", seed=3)
         result = await trainer.run(training(tmp_path, "out"), ignore)
-        assert (result.num_examples, result.steps) == (40, 40)
+        assert (result.num_examples, result.steps) == (40, 20)
         assert not any("embeddings" in name for name in raw_tensors(*result.files)), "what is frozen is not sent"
         assert result.metrics["loss"] > 0
         measured = await trainer.run(Job(JobKind.EVALUATE, client="site-1", model_dir=tmp_path / "model"), ignore)
@@ -73,6 +76,7 @@ async def test_described_trained_and_measured_in_one_process(site: SiteSettings,
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 async def test_killed_at_a_step_it_goes_on_to_the_same_bits(
     site: SiteSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -85,6 +89,7 @@ async def test_killed_at_a_step_it_goes_on_to_the_same_bits(
     await trainer.close()
     with monkeypatch.context() as patch:
         patch.setenv(failpoints.VARIABLE, "trainer.step@17")
+        patch.setenv(failpoints.LOG_VARIABLE, str(tmp_path / "failpoints"))
         trainer = make_trainer(site)
         with pytest.raises(TrainerFailed) as caught:
             await trainer.run(checked("killed"), ignore)
@@ -103,6 +108,7 @@ async def test_killed_at_a_step_it_goes_on_to_the_same_bits(
     assert raw_tensors(*resumed.files) == raw_tensors(*whole.files)
 
 
+@pytest.mark.slow
 async def test_what_is_wrong_with_the_data_is_said_by_file_and_row(site: SiteSettings, tmp_path: Path):
     write_jsonl(tmp_path / "b.jsonl", [{"text": "secret", "label": "posh"}])
     trainer = make_trainer(site)

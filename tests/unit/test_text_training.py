@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from typing import get_args
 
@@ -31,6 +32,7 @@ from fedclient.trainer.text.metrics import Name, confusion, further_metrics, mac
 from fedclient.trainer.text.optimizers import Name as Optimizer
 from fedclient.trainer.text.optimizers import decay_groups, make_optimizer
 from fedclient.trainer.text.precision import Precision, resolved
+from fedclient.trainer.text.pretrained import require
 from fedclient.trainer.text.schedules import Schedule
 from fedlink.config import explain
 from fedlink.settings_schema import parse_schema
@@ -109,6 +111,7 @@ def test_macro_f1_by_hand():
     assert macro_f1(np.zeros((2, 2), np.int64)) == 0.0
 
 
+@pytest.mark.slow  # importing torchmetrics takes longer than all else here
 def test_metrics_of_torchmetrics():
     logits, labels = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 3.0], [1.0, 0.0]]), torch.tensor([0, 1, 1, 1])
     found = further_metrics(get_args(Name), logits, labels)
@@ -141,7 +144,7 @@ def test_what_site_toml_takes_is_what_the_trainer_reads(settings, options):
 def test_settings_are_of_the_closed_subset_and_have_defaults(workload):
     schema = settings_schema(workload.Settings)
     assert "required" not in schema
-    parse_schema(__import__("json").dumps(schema))
+    parse_schema(json.dumps(schema))
     parsed = parse_settings(workload.Settings, {"steps": 3, "optimizer": "adafactor", "learning_rate": 1})
     assert (parsed.steps, parsed.optimizer, parsed.learning_rate) == (3, "adafactor", 1.0)
 
@@ -187,6 +190,12 @@ def test_a_class_of_ones_own_keeps_its_free_table_and_gets_the_others():
     )
     assert settings.data == {"any": [1]}
     assert settings.options == {"model": "m", "lora": {"rank": 4}, "precision": {"autocast": "bf16"}}
+
+
+def test_a_missing_package_is_said_with_what_brings_it():
+    require("torch", "numpy")
+    with pytest.raises(ImportError, match=r"needs no_such_package.*pip install 'fedlink\[text\]'"):
+        require("torch", "no_such_package")
 
 
 # --- Precision
