@@ -63,10 +63,10 @@ def save_llama(directory: Path, *, shards: bool = False, **config: Any) -> Path:
     torch.manual_seed(3)
     tokenizer = byte_tokenizer()
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes["max_position_embeddings"] = 128
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            max_position_embeddings=128,
             tie_word_embeddings=True,
             bos_token_id=2,
             eos_token_id=tokenizer.eos_token_id,

@@ -12,6 +12,7 @@ import numpy as np
 from fedclient.launch import Job, JobKind, Progress, Result, Trainer, Write
 from fedclient.settings import SiteSettings, WorkloadSettings
 from fedclient.trainer.layout import write_layout
+from fedlink.base import read_base
 from fedlink.tensors import Role, TensorSpec, apply_metadata, arithmetic_dtype, read_array, read_header
 
 SITE_FILES = Path(__file__).parent / "classes"
@@ -34,18 +35,21 @@ async def init(trainer: Trainer, directory: Path, seed: int = 0) -> Path:
     """A model directory with what the workload's class builds."""
     directory.mkdir(parents=True)
     result = await trainer.run(Job(JobKind.INIT, seed=seed, out_dir=directory), ignore)
-    describe_model(directory, [path.name for path in result.files])
+    # Small files may lie beside the weights.
+    describe_model(directory, [path.name for path in result.files if path.suffix == ".safetensors"])
     return directory
 
 
 def describe_model(directory: Path, files: list[str]) -> None:
-    """Write model.json as the daemon does, roles and aliases from the files' metadata."""
-    found, aliases = [], {}
+    """Write model.json as the daemon does, roles, aliases and base from the files' metadata."""
+    found, aliases, base = [], {}, ()
     for name in files:
-        stored, tied = apply_metadata(read_header(directory / name))
+        header = read_header(directory / name)
+        stored, tied = apply_metadata(header)
         found.append((name, stored))
         aliases |= tied
-    write_layout(directory, found, aliases)
+        base = base or read_base(header)
+    write_layout(directory, found, aliases, base)
 
 
 def ignore(_: Progress) -> None:
