@@ -51,6 +51,12 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
         federation.import_model("start", START)
         for name in SITES:
             add_site(federation, name)
+
+        def everybody() -> bool:
+            clients = federation.json("client", "list")
+            return sum(c["connected"] for c in clients) == len(SITES)
+
+        until(everybody, "the sites to connect")
         yield federation
 
 

@@ -98,6 +98,7 @@ async def test_killed_at_a_step_it_goes_on_from_the_checkpoint(tmp_path: Path, m
     await trainer.close()
     with monkeypatch.context() as patch:
         patch.setenv(failpoints.VARIABLE, "trainer.step@17")
+        patch.setenv(failpoints.LOG_VARIABLE, str(tmp_path / "failpoints"))
         trainer = cuda(here)
         with pytest.raises(TrainerFailed) as caught:
             await trainer.run(checked("killed"), ignore)

@@ -159,7 +159,7 @@ def test_an_adapter_is_called_what_peft_calls_it(home: Path, tmp_path: Path):
     names = found.tensor_names(model)
     assert set(names.values()) == set(saved)
     assert {names[n]: d for n, d in weights(model).items() if n in names} == {
-        n: t.numpy().tobytes() for n, t in saved.items()
+        n: t.cpu().numpy().tobytes() for n, t in saved.items()
     }
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == set(names), "what trains is what peft saves"

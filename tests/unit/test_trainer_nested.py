@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from fedclient.trainer.checkpoint import _write
+from fedclient.trainer.checkpoint import write_parts
 from fedclient.trainer.nested import CannotHoldError, flatten
 from fedclient.trainer.saved import Saved
 from fedclient.trainer.torch_state import TORCH_DTYPES
@@ -26,14 +26,15 @@ from tests.support.interrupted import MEMORY
 
 def through_a_file(value: Any) -> Any:
     with tempfile.TemporaryDirectory(dir=MEMORY) as directory:
-        _write(
-            Path(directory),
+        path = Path(directory) / "checkpoint.safetensors"
+        write_parts(
+            path,
             "o",
             {"before": flatten([np.ones(3)], "x"), "value": flatten(value, "x")},
             spare=0,
             alive=nothing,
         )
-        saved = Saved(Path(directory) / "checkpoint.safetensors", "cpu", nothing)
+        saved = Saved(path, "cpu", nothing)
         again = saved.part("value")
         assert saved.is_same("value", flatten(again, "x"))
         saved.close()

@@ -128,7 +128,7 @@ def two_shards(path) -> ModelDirectory:
             for spec in part:
                 writer.write(spec.name, np.full(spec.shape, 1 + len(part), np.float32).tobytes())
         files.append((name, [Stored(by_name[t.spec.name], t.offset) for t in writer.header.tensors]))
-    write_layout(path, files, {})
+    write_layout(path, files, {}, ())
     return ModelDirectory.read(path)
 
 
