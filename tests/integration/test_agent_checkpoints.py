@@ -61,6 +61,23 @@ async def test_another_attempt_goes_on_from_the_checkpoint(server: FakeServer, t
     await server.until(lambda _: not site.checkpoints)
 
 
+async def test_where_going_on_fails_the_training_begins_anew(server: FakeServer, tmp_path: Path) -> None:
+    site = Site(tmp_path / "site", server.address, workload=CHECKPOINTS)
+    model = add_model(server, tmp_path / "model")
+    site.set("crash")
+    async with running(site):
+        await server.give(train_task(model, settings_json=FIVE_STEPS))
+        await server.until(lambda s: s.failed)
+        await server.until(lambda _: not journal(site))
+        site.clear("crash")
+        site.set("raise")
+        await server.give(train_task(model, attempt=1, settings_json=FIVE_STEPS))
+        # The model's shards are told once, and loaded twice.
+        await server.until(lambda s: len(s.failed) == 2)
+    assert server.state.failed[1].reason == pb.FailTaskRequest.REASON_EXCEPTION
+    assert site.steps == [0, 1, 2, 3, 3, 0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("restarted", [False, True])
 async def test_a_failure_whose_answer_is_lost_keeps_the_checkpoint(
     server: FakeServer, tmp_path: Path, restarted: bool
