@@ -15,18 +15,18 @@ from fedlink.run_file import WIRE_DTYPES, Retention, RunSpec
 from fedlink.tensors import Role, TensorSpec, build_header, shard_name, update_spec
 from fedserver.runtime.footprint import Footprint, cohort_of, versions_at
 
-# Memory, as docs/benchmark.md has it measured; all of it is resident memory at its peak.
+# Memory, as docs/performance.md has it measured; all of it is resident memory at its peak.
 SERVER_BASE = 110_000_000
 """Bytes of a server that has nothing to do: Python, gRPC, numpy, SQLAlchemy, SQLite."""
 SERVER_FOLD = 45_000_000
 """Bytes that checking and averaging add, whatever the model: `test_fold_memory` holds them to 40 MB."""
-SERVER_STREAM = 60_000_000
+SERVER_STREAM = 45_000_000
 """Bytes that each bulk stream adds, after many rounds: 12 MiB of chunks, and what gRPC and malloc's heaps keep of them.
-Measured: 61 MB with one site, 25 MB each with two and small models, 56 MB each with four."""
+Measured: 16 MB each with eight sites and a small model, 23 to 45 MB with four and 0.5 to 1.4 GB."""
 SERVER_SITE = 50_000
 """Bytes for each connected site: a held poll, a session, its registration; 39 kB measured with 5,000."""
 DAEMON = 240_000_000
-"""Bytes of a site's daemon, which holds no model either: 130 to 240 MB measured, from 47 MB to 6 GB of model."""
+"""Bytes of a site's daemon, which holds no model either: 130 to 230 MB measured, from 47 MB to 6 GB of model."""
 
 LINE_SHARE = 0.93
 """The part of a line's bits that is payload: 1,448 of the 1,538 bytes of a frame, less 1 % for TLS and gRPC."""
