@@ -51,6 +51,9 @@ test: $(STAMP) ## Run the tests (under 10 minutes on 2 cores)
 test-slow: $(STAMP) ## Run those that take longer: demo, published numbers, doctor, slow lines, disks, certificates
 	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup -m slow
 
+test-gpu: $(STAMP) ## Run those that need an accelerator; skipped, and said so, where there is none
+	@$(BIN)/python -m pytest -q -m gpu -rs
+
 SEED ?= 7
 CASES ?= 50
 fault: $(STAMP) ## Faults on randomized schedules, all survived (SEED=7 CASES=50 JOBS=2)
@@ -111,4 +114,4 @@ constraints: ## Pin what .venv holds now
 clean: ## Remove what the demo and the tools wrote, not .venv
 	@rm -rf .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
-.PHONY: help install demo demo-compose reproduce-heart test test-slow fault bench bench-smoke bench-round check check-protos protos generate baseline format constraints clean
+.PHONY: help install demo demo-compose reproduce-heart test test-slow test-gpu fault bench bench-smoke bench-round check check-protos protos generate baseline format constraints clean
