@@ -198,7 +198,7 @@ class Trainer:
             yield
         except TrainerFailed as e:
             self._log.info("trainer failed", reason=e.reason.value, error=e.message, output=str(self.log_path))
-            if e.reason not in (FailReason.EXCEPTION, FailReason.CANCELLED):
+            if e.reason not in (FailReason.EXCEPTION, FailReason.BASE_MISMATCH, FailReason.CANCELLED):
                 await self._end()
             raise
         except BaseException:
@@ -252,6 +252,8 @@ class Trainer:
             directory=str(self._site.directory),
             data=self._workload.data,
             device=self._device,
+            options=self._workload.options,
+            kept=str(self._runtime_dir / "kept" / self._name),
         )
 
     async def _watch(self, child: Child, on_progress: Callable[[Progress], None]) -> Result:
@@ -302,9 +304,12 @@ class Trainer:
         no_room = failure.exception_class == "OSError" and failure.text.startswith(_NO_ROOM)
         if no_room:
             cause = "the site's disk is full or cannot be written"
+        said = f"{what}: {cause}, step {failure.step}"
+        if failure.reason is FailReason.BASE_MISMATCH:
+            said = failure.text
         raise TrainerFailed(
             failure.reason,
-            f"workload {self._name}: {what}: {cause}, step {failure.step}",
+            f"workload {self._name}: {said}",
             exception_class=failure.exception_class,
             step=failure.step,
             memory_bytes=failure.memory_bytes,

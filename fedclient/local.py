@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fedclient.launch import Description, Job, JobKind, Progress, Result, Trainer, TrainerFailed, Write
-from fedclient.local_files import LocalModel, export_model, import_model, next_version
+from fedclient.local_files import LocalModel, as_directory, export_model, import_model, next_version
 from fedclient.policy import Terms
 from fedclient.settings import SiteSettings
+from fedlink.companions import ADAPTER_WEIGHTS
 from fedlink.errors import FedlinkError, Reason
 from fedlink.run_file import WIRE_DTYPES, RunSpec
 from fedlink.settings_schema import check_settings
@@ -70,7 +71,7 @@ async def train_local(
         spec: the run.
         model: what to start from: a safetensors file, or a directory with one or with shards; by default the class's
             own model at the run's seed.
-        output: where to write the last version, as one safetensors file.
+        output: where to write the last version: one safetensors file, or a directory if it began with several files.
         on_version: called with each version as it is there.
 
     Raises:
@@ -98,15 +99,18 @@ async def train_local(
 
 
 async def init_model(site: SiteSettings, workload: str, output: Path, seed: int = 0) -> Path:
-    """Write the model that a workload's class builds with a seed, as one safetensors file.
+    """Write the model that a workload's class builds with a seed.
+
+    It is one safetensors file; a directory, if there are files that belong beside the weights, or a frozen base that
+    they stand on.
 
     Raises:
-        FedlinkError: BAD_CONFIG: no such workload, or its class cannot be used; FAILED: building it failed.
+        FedlinkError: BAD_CONFIG: no such workload, its class cannot be used, or a directory is called like a file;
+            FAILED: building it failed.
     """
     async with _trainer(site, workload) as (trainer, scratch):
-        path = await _failures_named(_init(trainer, scratch / "init", seed), trainer)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        await asyncio.to_thread(shutil.move, path, output)
+        start = await _failures_named(_init(trainer, scratch / "init", seed), trainer)
+        await asyncio.to_thread(_move, start, output)
     return output
 
 
@@ -154,6 +158,7 @@ class _Run:
             client=self._site.name,
             run=self._spec.name or self._spec.workload,
             round=number,
+            rounds=self._spec.rounds,
             version=version,
             model_dir=model.directory,
             model_key=model.directory.name,
@@ -180,9 +185,18 @@ async def _trainer(site: SiteSettings, workload: str) -> AsyncIterator[tuple[Tra
 
 
 async def _init(trainer: Trainer, out: Path, seed: int) -> Path:
+    """What the class builds: a file, or the directory of several."""
     await asyncio.to_thread(out.mkdir)
     result = await trainer.run(Job(JobKind.INIT, seed=seed, out_dir=out), _unheard)
-    return result.files[0]
+    alone = len(result.files) == 1 and result.files[0].name != ADAPTER_WEIGHTS
+    return result.files[0] if alone else out
+
+
+def _move(start: Path, output: Path) -> None:
+    files, target = ([start], output.parent) if start.is_file() else (list(start.iterdir()), as_directory(output))
+    target.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        shutil.move(file, output if file is start else target / file.name)
 
 
 async def _failures_named(doing: Coroutine[Any, Any, T], trainer: Trainer) -> T:

@@ -49,7 +49,7 @@ def train_local(
 
 def init_model(
     workload: Annotated[str, typer.Argument(help="A [workload.NAME] of site.toml.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The .safetensors file to write.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The .safetensors file, or the directory, to write.")],
     config: Config = Path("site.toml"),
     seed: Annotated[int, typer.Option(help="Seeds the generators just before the model is built.", min=0)] = 0,
     *,

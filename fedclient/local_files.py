@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from fedclient.trainer.wire import MODEL_FILE
+from fedlink.base import BaseTensor, base_metadata, base_to_json, read_base
+from fedlink.companions import ADAPTER_WEIGHTS, INDEX_NAME, MODEL_WEIGHTS, is_companion
 from fedlink.errors import FedlinkError, Reason
 from fedlink.tensors import (
     DTYPES,
@@ -28,8 +31,6 @@ from fedlink.tensors import (
     windows,
 )
 
-INDEX = "model.safetensors.index.json"
-"""What Hugging Face calls the list of a model's shards."""
 _WINDOW = 1 << 20
 
 
@@ -41,6 +42,10 @@ class LocalModel:
     shards: tuple[tuple[str, tuple[TensorSpec, ...]], ...]
     """File names and their tensors, in canonical order."""
     aliases: Mapping[str, str]
+    base: tuple[BaseTensor, ...] = ()
+    """The frozen base that it stands on."""
+    companions: tuple[Path, ...] = ()
+    """What lay beside the weights that it began with, for `export_model`."""
 
     @property
     def nbytes(self) -> int:
@@ -52,14 +57,14 @@ def import_model(source: Path, target: Path) -> LocalModel:
     """Make a model directory at `target` (which must not exist) in the canonical layout.
 
     Args:
-        source: a safetensors file, or a directory with one, or with shards and their index.
+        source: a safetensors file, or a directory with one, or with shards and their index, or with an adapter.
         target: where the model directory is made.
 
     Raises:
         FedlinkError: BAD_CONFIG: not there, or not safetensors.
     """
     try:
-        found, aliases = _read(_files_of(source))
+        found, aliases, base = _read(_files_of(source))
         shards = canonical_shards([stored.spec for _, stored in found.values()])
         names = [shard_name(i, len(shards)) for i in range(len(shards))]
         target.mkdir(parents=True)
@@ -67,7 +72,8 @@ def import_model(source: Path, target: Path) -> LocalModel:
             _copy(found, specs, target / name, {})
     except (TensorError, OSError, ValueError, KeyError) as e:
         raise FedlinkError(Reason.BAD_CONFIG, f"{source} cannot be used as a model: {e}") from None
-    model = LocalModel(target, tuple(zip(names, map(tuple, shards), strict=True)), aliases)
+    companions = tuple(sorted(p for p in source.iterdir() if is_companion(p.name))) if source.is_dir() else ()
+    model = LocalModel(target, tuple(zip(names, map(tuple, shards), strict=True)), aliases, base, companions)
     _describe(model)
     return model
 
@@ -96,41 +102,73 @@ def next_version(model: LocalModel, files: Sequence[Path], target: Path, step: f
 
 
 def export_model(model: LocalModel, path: Path) -> None:
-    """Write a version as one safetensors file, with roles and tied names in its metadata."""
-    found, _ = _read([model.directory / name for name, _ in model.shards])
+    """Write a version as one safetensors file, with roles, tied names and its base in the metadata.
+
+    If it began with a directory, `path` becomes one, with what lay beside the weights.
+
+    Raises:
+        FedlinkError: BAD_CONFIG: such a directory would be called like a file.
+    """
+    found, _, _ = _read([model.directory / name for name, _ in model.shards])
     specs = [spec for _, shard in model.shards for spec in shard]
     ordered = sorted(specs, key=lambda s: (-DTYPES[s.dtype].bits, s.name))
+    if model.companions:
+        path = as_directory(path) / (ADAPTER_WEIGHTS if model.base else MODEL_WEIGHTS)
+        for companion in model.companions:
+            shutil.copy(companion, path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
-    _copy(found, ordered, partial, {**model.aliases, **roles_metadata(ordered, model.aliases)})
+    metadata = {**model.aliases, **roles_metadata(ordered, model.aliases), **base_metadata(model.base)}
+    _copy(found, ordered, partial, metadata)
     partial.replace(path)
+
+
+def as_directory(path: Path) -> Path:
+    """Make a directory for a model of several files.
+
+    Raises:
+        FedlinkError: BAD_CONFIG: it is called like a file, or is one.
+    """
+    if path.suffix == ".safetensors" or path.is_file():
+        raise FedlinkError(Reason.BAD_CONFIG, f"more than one file belongs to this model: name a directory, not {path}")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def _files_of(source: Path) -> list[Path]:
     if source.is_file():
         return [source]
-    if (index := source / INDEX).is_file():
+    if (index := source / INDEX_NAME).is_file():
         return [source / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
-    if (single := source / "model.safetensors").is_file():
-        return [single]
+    for name in (MODEL_WEIGHTS, ADAPTER_WEIGHTS):
+        if (source / name).is_file():
+            return [source / name]
     raise FedlinkError(
-        Reason.BAD_CONFIG, f"{source} is no .safetensors file, and no directory with model.safetensors or {INDEX}"
+        Reason.BAD_CONFIG,
+        f"{source} is no .safetensors file, and no directory with {MODEL_WEIGHTS}, {INDEX_NAME} or {ADAPTER_WEIGHTS}",
     )
 
 
-def _read(paths: Sequence[Path]) -> tuple[dict[str, tuple[Path, Stored]], dict[str, str]]:
+def _read(
+    paths: Sequence[Path],
+) -> tuple[dict[str, tuple[Path, Stored]], dict[str, str], tuple[BaseTensor, ...]]:
+    """The tensors of some files and where they lie, the tied names, and the base."""
     found: dict[str, tuple[Path, Stored]] = {}
     aliases: dict[str, str] = {}
+    base: tuple[BaseTensor, ...] = ()
     for path in paths:
-        tensors, tied = apply_metadata(read_header(path))
+        header = read_header(path)
+        tensors, tied = apply_metadata(header)
         found |= {t.spec.name: (path, t) for t in tensors}
         aliases |= tied
-    return found, aliases
+        base = base or read_base(header)
+    return found, aliases, base
 
 
 def _describe(model: LocalModel) -> None:
     roles = {s.name: s.role.value for _, shard in model.shards for s in shard}
     table = {"files": [name for name, _ in model.shards], "roles": roles, "aliases": dict(model.aliases)}
+    table["base"] = base_to_json(model.base)
     (model.directory / MODEL_FILE).write_text(json.dumps(table), encoding="utf-8")
 
 
@@ -150,8 +188,8 @@ def _copy(
 
 def _descend(model: Path, gradient: Path, specs: Sequence[TensorSpec], path: Path, rate: float) -> None:
     """Step every parameter against its gradient, in float64 and rounded once; buffers are taken from the gradient."""
-    old, _ = _read([model])
-    new, _ = _read([gradient])
+    old, _, _ = _read([model])
+    new, _, _ = _read([gradient])
     changing = [s for s in specs if s.role is not Role.FROZEN]
     with ShardWriter(path, changing) as writer, model.open("rb") as x, gradient.open("rb") as g:
         for spec in changing:

@@ -427,6 +427,7 @@ def _order_from_pb(task: pb.Task) -> Order:
         model_size=model.size,
         settings_json=task.settings_json,
         seed=task.seed,
+        rounds=task.rounds,
         **work,
     )
 

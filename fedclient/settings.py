@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from fedclient.text_settings import LoraSettings, ParameterSettings, PrecisionSettings, check_data
+from fedclient.trainer.options import BUILT_IN
 from fedlink.config import Bytes, Config, Name, Seconds, load_toml
 from fedlink.errors import FedlinkError, Reason
 from fedlink.route import Route, check_proxy, is_loopback, route_to
@@ -17,6 +20,8 @@ from fedlink.transfer import STALL
 
 DEFAULT_SERVER = "127.0.0.1:8470"
 """Where `fedserver serve` listens by default."""
+
+_CLASS = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 class Limit(Config):
@@ -29,12 +34,22 @@ class Limit(Config):
 class WorkloadSettings(Config):
     """`[workload.NAME]`: one thing this site is ready to train."""
 
-    trainer: str = Field(pattern=r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-    """`module:Class`, looked up beside site.toml, then among the installed packages of `python`."""
+    trainer: str
+    """`module:Class`, looked up beside site.toml, then among the installed packages of `python`; or a built-in one."""
+    model: str = ""
+    """Directory of the pretrained model, in Hugging Face layout; for the built-in workloads."""
+    trust_remote_code: bool = False
+    """Execute Python files that lie in `model`, if its config.json asks for it."""
     python: Path | None = None
     """The interpreter that trains; by default the one that runs the daemon."""
     data: Mapping[str, Any] = Field(default_factory=dict)
-    """`[workload.NAME.data]`: free-form, for the class only; never leaves the site."""
+    """`[workload.NAME.data]`: free-form, for the class only; never leaves the site. A built-in one's is checked."""
+    lora: LoraSettings | None = None
+    """`[workload.NAME.lora]`: train low-rank adapters instead of the model itself."""
+    parameters: ParameterSettings | None = None
+    """`[workload.NAME.parameters]`: which parameters of a full model train."""
+    precision: PrecisionSettings | None = None
+    """`[workload.NAME.precision]`: what is computed and held in which dtype."""
     limits: Mapping[str, Limit] = Field(default_factory=dict)
     """`[workload.NAME.limits]`: bounds on numeric settings; a run beyond them is refused."""
     runs: tuple[str, ...] = ("*",)
@@ -49,6 +64,39 @@ class WorkloadSettings(Config):
     """Let an idle trainer process go after so long."""
     checkpoint_every: Seconds = Field(300.0, ge=0)
     """Write so often down how far a training is, for one that is interrupted; 0: never."""
+
+    @field_validator("trainer")
+    @classmethod
+    def _class(cls, value: str) -> str:
+        if value not in BUILT_IN and not _CLASS.fullmatch(value):
+            raise ValueError(f"{value[:80]!r} is neither module:Class nor one of {', '.join(BUILT_IN)}")
+        return value
+
+    @model_validator(mode="after")
+    def _built_in(self) -> Self:
+        if self.built_in and not self.model:
+            raise ValueError(f"trainer = {self.trainer!r} needs model, the directory of a pretrained model")
+        if self.built_in and not self.data:
+            raise ValueError(f"trainer = {self.trainer!r} needs a table data with train, the file to learn from")
+        if self.lora and self.parameters:
+            raise ValueError("[lora] and [parameters] contradict each other: with adapters nothing else is trained")
+        return self
+
+    @field_validator("data")
+    @classmethod
+    def _data(cls, value: Mapping[str, Any], info: ValidationInfo) -> Mapping[str, Any]:
+        return check_data(info.data.get("trainer", ""), value)
+
+    @property
+    def built_in(self) -> bool:
+        """Whether it needs no code of the site's."""
+        return self.trainer in BUILT_IN
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a class is told besides its data table: only what is set."""
+        names = {"model", "trust_remote_code", "lora", "parameters", "precision"}
+        return self.model_dump(mode="json", include=names, exclude_unset=True)
 
 
 class TlsSettings(Config):

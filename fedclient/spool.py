@@ -70,6 +70,8 @@ class Order(_Kept):
     model_size: int = Field(ge=0, le=MAX_BLOB_SIZE)
     settings_json: str = Field(max_length=MAX_JSON_BYTES)
     seed: int = Field(ge=0)
+    rounds: int = Field(0, ge=0)
+    """Rounds of the whole run; 0: not known."""
     update: Kind | None = None
     """What a training task sends: DELTA or GRADIENT. None: the task is an evaluation."""
     update_dtype: str = ""

@@ -17,6 +17,7 @@ from fedclient.session import Session
 from fedclient.spool import BlobCache, Order, fresh_directory
 from fedclient.trainer.wire import MODEL_FILE, UPDATE_STEM
 from fedlink import bulk, log
+from fedlink.base import base_to_json
 from fedlink.blobs import MAX_MANIFEST_SIZE, BlobRef
 from fedlink.errors import FedlinkError, Reason
 from fedlink.manifest import FileEntry, Manifest, manifest_of_files
@@ -192,6 +193,7 @@ class Transfer:
             "files": [f.name for f in manifest.files],
             "roles": {t.spec.name: t.spec.role.value for t in manifest.tensors},
             "aliases": dict(manifest.aliases),
+            "base": base_to_json(manifest.base),
         }
         (model_dir / MODEL_FILE).write_text(json.dumps(table), encoding="utf-8")
 

@@ -305,6 +305,7 @@ class Work:
             client=tools.client,
             run=order.run,
             round=order.round,
+            rounds=order.rounds,
             version=order.version,
             model_dir=model_dir,
             model_key=order.model.digest.hex(),

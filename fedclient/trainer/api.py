@@ -7,7 +7,7 @@ import math
 import operator
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -49,6 +49,10 @@ class Site:
     """Where site.toml lies."""
     data: Mapping[str, Any]
     """`[workload.NAME.data]`, as written."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """`model` and the tables `lora`, `parameters` and `precision` of `[workload.NAME]`, as far as they are there."""
+    kept: Path | None = None
+    """A directory of this workload's own in the site's state, for what is to outlast the process; made when needed."""
 
     def path(self, key: str) -> Path:
         """The file or directory that `key` of the data table names, relative to site.toml.
@@ -81,6 +85,8 @@ class Workload:
 
     abilities: ClassVar[tuple[str, ...]] = ("train", "gradient", "evaluate")
     """What a class may be able to do; it can do what it overrides."""
+    frozen_base: bool = False
+    """Parameters that require no gradient are the site's own base: not part of the run's model, only their digests."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -93,6 +99,21 @@ class Workload:
         Import torch at the top of the module: only then is it seeded before the first call.
         """
         raise NotImplementedError
+
+    def tensor_names(self, model: Any) -> Mapping[str, str]:  # noqa: ARG002 - for who overrides it
+        """Other names under which tensors of `state_dict()` travel: the name there to the name that travels."""
+        return {}
+
+    def model_files(self) -> Mapping[str, bytes]:
+        """Small files that belong beside the model's weights, by name; `fedclient init-model` writes them."""
+        return {}
+
+    def describe_data(self) -> Mapping[str, Any]:
+        """What `fedclient doctor` reports of the site's data, as JSON; by default nothing.
+
+        It stays at the site: the report is printed there.
+        """
+        return {}
 
     def train(self, model: Any, ctx: Context) -> None:
         """Train the model in place, looping over `ctx.steps(n)`, and set `ctx.num_examples`."""
@@ -121,6 +142,7 @@ class Context:
         client: this site's name at the server.
         run: name of the run.
         round: number of the round, from 1; for an evaluation, of the version.
+        rounds: rounds of the whole run, as the server knows it now; 0 if unknown.
         version: version of the run's model that was loaded.
         num_examples: examples used; set it before you return.
     """
@@ -134,6 +156,7 @@ class Context:
         client: str = "",
         run: str = "",
         round: int = 0,  # noqa: A002 - the attribute's name
+        rounds: int = 0,
         version: int = 0,
         max_steps: int = 0,
         report: Callable[[Progress], None] = lambda _: None,
@@ -145,6 +168,7 @@ class Context:
         self.client = client
         self.run = run
         self.round = round
+        self.rounds = rounds
         self.version = version
         self.num_examples: int | None = None
         self._max_steps = max_steps

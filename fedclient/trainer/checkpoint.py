@@ -109,7 +109,11 @@ class Checkpoints:
         try:
             parts = take()
             model = {f"model/{name}": flatten(value, f"the model's {name}") for name, value in self._model().items()}
-            _write(self._directory, self._owner, {**parts, **model}, spare=2 * _size(model), alive=self._alive)
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path = self._directory / NAME
+            path.with_suffix(".unusable").unlink(missing_ok=True)
+            # What is left must do for the update: a training that would have passed without checkpoints passes with.
+            write_parts(path, self._owner, {**parts, **model}, spare=2 * _size(model), alive=self._alive)
         except OSError as e:
             self._complain(f"a checkpoint could not be written: {e.strerror}; an interrupted training will lose more")
         except CannotHoldError as e:
@@ -177,18 +181,28 @@ class Checkpoints:
             self._say(text)
 
 
-def _write(directory: Path, owner: str, parts: Mapping[str, Flat], *, spare: int, alive: Alive) -> None:
+def write_parts(
+    path: Path, owner: str, parts: Mapping[str, Flat], *, spare: int = 0, alive: Alive = lambda: None
+) -> None:
+    """Write parts to a file that `fedclient.trainer.saved.Saved` reads: whole, and synced, or not at all.
+
+    Args:
+        path: the file; its directory exists.
+        owner: what it is good for.
+        parts: what goes into it.
+        spare: bytes that are to stay free on the disk besides.
+        alive: called between windows; raises to stop.
+
+    Raises:
+        OSError: the disk refuses, or has not enough room.
+    """
     leaves = {f"{i}.{k}": leaf for i, flat in enumerate(parts.values()) for k, leaf in enumerate(flat.leaves)}
     table = {name: [flat.node, [[leaf.dtype, leaf.shape] for leaf in flat.leaves]] for name, flat in parts.items()}
     state = json.dumps({"owner": owner, "parts": table}, allow_nan=False).encode()
     specs = [TensorSpec(name, leaf.dtype, leaf.shape, Role.BUFFER) for name, leaf in leaves.items()]
     specs.append(TensorSpec("state", "U8", (len(state),), Role.BUFFER))
     specs.append(TensorSpec("checks", "U32", (len(specs),), Role.BUFFER))
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path = directory / NAME
-    path.with_suffix(".unusable").unlink(missing_ok=True)
-    # What is left must do for the update: a training that would have passed without checkpoints passes with them.
-    if shutil.disk_usage(directory).free < sum(spec.nbytes for spec in specs) + spare:
+    if shutil.disk_usage(path.parent).free < sum(spec.nbytes for spec in specs) + spare:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     part = path.with_suffix(".part")
     try:
@@ -203,7 +217,7 @@ def _write(directory: Path, owner: str, parts: Mapping[str, Flat], *, spare: int
         part.unlink(missing_ok=True)
         raise
     reach("checkpoint.renamed")
-    _sync(directory)
+    _sync(path.parent)
 
 
 def _write_leaf(writer: ShardWriter, name: str, leaf: Leaf, alive: Alive) -> int:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from fedclient.trainer.state import Fill, ModelMismatchError, Start, State
 from fedclient.trainer.wire import MODEL_FILE, UPDATE_STEM, Write
+from fedlink.base import BaseTensor, base_from_json, base_metadata
 from fedlink.tensors import (
     DTYPES,
     Role,
@@ -60,6 +61,8 @@ class ModelDirectory:
     shards: tuple[Shard, ...]
     aliases: Mapping[str, str]
     """Tied names: alias to the tensor that is stored."""
+    base: tuple[BaseTensor, ...] = ()
+    """The frozen base that the model stands on."""
 
     @classmethod
     def read(cls, directory: Path) -> Self:
@@ -78,7 +81,7 @@ class ModelDirectory:
                 replace(t, spec=replace(t.spec, role=roles.get(t.spec.name, t.spec.role))) for t in header.tensors
             ]
             shards.append(Shard(directory / name, tuple(tensors)))
-        return cls(tuple(shards), table["aliases"])
+        return cls(tuple(shards), table["aliases"], base_from_json(table.get("base", {})))
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
@@ -191,14 +194,15 @@ def write_update(
     return tuple(paths)
 
 
-def write_model(state: State, path: Path) -> None:
-    """Write a whole built model to one file, its roles and tied names in the metadata.
+def write_model(state: State, path: Path, base: Sequence[BaseTensor] = ()) -> None:
+    """Write a whole built model to one file; its roles, tied names and the base it stands on go to the metadata.
 
     Raises:
         ModelMismatchError: it holds something that safetensors cannot.
     """
     specs, aliases = state.specs()
-    with ShardWriter(path, _aligned(specs), {**aliases, **roles_metadata(specs, aliases)}) as writer:
+    metadata = {**aliases, **roles_metadata(specs, aliases), **base_metadata(base)}
+    with ShardWriter(path, _aligned(specs), metadata) as writer:
         for spec in specs:
             at = 0
             for view in state.encoded(spec, Write.WEIGHTS, spec.dtype, _no_start, None):

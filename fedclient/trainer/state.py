@@ -90,6 +90,18 @@ class State(Protocol):
         """
         ...
 
+    def base(self) -> Iterator[tuple[TensorSpec, Iterator[memoryview]]]:
+        """The frozen base, each tied tensor once: what it is called there, and its bytes in windows.
+
+        Raises:
+            ModelMismatchError: a tensor of it is none that safetensors can hold.
+        """
+        ...
+
+    def base_marks(self) -> object:
+        """A value that is different once a tensor of the base was written to or replaced."""
+        ...
+
     def container(self) -> dict[str, Any] | None:
         """What holds the tensors by name, and what training may put others in; None if they stay the model's own."""
         ...
@@ -103,18 +115,25 @@ class State(Protocol):
         ...
 
 
-def state_of(model: object) -> State:
+def state_of(model: object, names: Mapping[str, str] | None = None, *, frozen_base: bool = False) -> State:
     """The tensors of what `build_model` returned.
 
+    Args:
+        model: what it returned.
+        names: as of `Workload.tensor_names`.
+        frozen_base: as of `Workload`.
+
     Raises:
-        ModelMismatchError: neither a torch module nor a dict of numpy arrays.
+        ModelMismatchError: neither a torch module nor a dict of numpy arrays, or the names are not its.
     """
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(model, torch.nn.Module):
         from fedclient.trainer.torch_state import TorchState  # noqa: PLC0415 - imports torch
 
-        return TorchState(model)
+        return TorchState(model, names or {}, frozen_base=frozen_base)
     if isinstance(model, dict):
+        if names or frozen_base:
+            raise ModelMismatchError("frozen_base and tensor_names are for torch modules; this model is a dict")
         return NumpyState(model)
     raise ModelMismatchError(
         f"build_model returned {type(model).__name__}; it must be a torch.nn.Module or a dict of numpy arrays"
@@ -231,6 +250,13 @@ class NumpyState:
             elif first:
                 parts[f"arrays/{name}"] = array
         return parts | {"same": same}
+
+    def base(self) -> Iterator[tuple[TensorSpec, Iterator[memoryview]]]:
+        """See `State`: there is none."""
+        return iter(())
+
+    def base_marks(self) -> None:
+        """See `State`."""
 
     def container(self) -> dict[str, Any]:
         """See `State`."""

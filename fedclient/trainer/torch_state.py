@@ -14,6 +14,7 @@ import torch
 from fedclient.trainer.nested import CannotHoldError, Leaf, Source
 from fedclient.trainer.state import WINDOW, Fill, ModelMismatchError, Start, check_gradient
 from fedclient.trainer.wire import Write
+from fedlink.base import base_name
 from fedlink.tensors import DTYPES, Role, TensorSpec, windows
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
@@ -36,16 +37,33 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "C64": torch.complex64,
 }
 """Every dtype of safetensors that torch computes with."""
+_HASHED = 1 << 20
+"""Elements that are hashed at a time."""
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 class TorchState:
-    """A `torch.nn.Module`: exactly what its `state_dict` holds."""
+    """A `torch.nn.Module`: exactly what its `state_dict` holds, without a frozen base.
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    Args:
+        model: the module.
+        names: under which other names tensors of its `state_dict` travel.
+        frozen_base: whether parameters that require no gradient are the site's own.
+
+    Raises:
+        ModelMismatchError: two tensors would travel under one name, or `names` has one that is not there.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, names: Mapping[str, str] | None = None, *, frozen_base: bool = False
+    ) -> None:
         self._model = model
         self._trainable = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
-        kept = self._tensors()
+        kept = model.state_dict(keep_vars=True)
+        self._base = frozenset(n for n in kept if frozen_base and not self._trainable.get(n, True))
+        self._names = dict(names or {})
+        _check_names(self._names, kept, self._base)
+        self._tensors()
         self._unkept = {name: b.clone() for name, b in model.named_buffers() if name not in kept}
         self._frozen: Collection[str] = ()
 
@@ -77,7 +95,9 @@ class TorchState:
         self._model.train(training)
         self._model.zero_grad(set_to_none=True)
         for name, parameter in self._model.named_parameters(remove_duplicate=False):
-            parameter.requires_grad_(self._trainable.get(name, parameter.requires_grad) and name not in frozen)
+            parameter.requires_grad_(
+                self._trainable.get(name, parameter.requires_grad) and self._names.get(name, name) not in frozen
+            )
         buffers = dict(self._model.named_buffers())
         for name, value in self._unkept.items():
             if name in buffers:
@@ -141,6 +161,26 @@ class TorchState:
         parts["training"] = [name for name, module in self._model.named_modules() if module.training]
         return parts
 
+    def base(self) -> Iterator[tuple[TensorSpec, Iterator[memoryview]]]:
+        """See `State`; what peft keeps of a module that is trained in its place is not part of it."""
+        replaced, seen = {base_name(name) for name in self._tensors()}, set()
+        for name, tensor in self._base_tensors():
+            called, identity = base_name(self._names.get(name, name)), _identity(tensor)
+            if called in replaced or identity in seen:
+                continue
+            seen.add(identity)
+            if tensor.dtype not in _NAMES:
+                raise ModelMismatchError(f"tensor {name!r} of the base is {tensor.dtype}, which cannot be named")
+            yield TensorSpec(called, _NAMES[tensor.dtype], tuple(tensor.shape), Role.FROZEN), _stored(tensor.detach())
+
+    def base_marks(self) -> object:
+        """See `State`."""
+        return [(t.data_ptr(), t._version) for _, t in self._base_tensors()]  # noqa: SLF001 - as in `marks`
+
+    def _base_tensors(self) -> list[tuple[str, torch.Tensor]]:
+        tensors = self._model.state_dict(keep_vars=True) if self._base else {}
+        return [(name, tensor) for name, tensor in tensors.items() if name in self._base]
+
     def container(self) -> None:
         """See `State`: tensors are given their values in place."""
 
@@ -166,7 +206,7 @@ class TorchState:
         for name, tensor in tensors.items():
             if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or tensor.is_meta:
                 raise ModelMismatchError(f"{name!r} in the model's state_dict is not a dense tensor with values")
-        return tensors
+        return {self._names.get(name, name): tensor for name, tensor in tensors.items() if name not in self._base}
 
     def _current(self, spec: TensorSpec) -> torch.Tensor:
         tensor = self._tensors().get(spec.name)
@@ -190,6 +230,27 @@ def accelerators() -> list[tuple[str, str, int]]:
         properties = torch.cuda.get_device_properties(i)
         found.append((f"cuda:{i}", str(properties.name), int(properties.total_memory)))
     return found
+
+
+def _check_names(names: Mapping[str, str], kept: Mapping[str, object], base: Collection[str]) -> None:
+    if unknown := sorted(names.keys() - kept.keys()):
+        raise ModelMismatchError(f"tensor_names names {unknown[0]!r}, which the model's state_dict does not hold")
+    seen: dict[str, str] = {}
+    for name in kept:
+        travelling = names.get(name, name)
+        if name not in base and (first := seen.setdefault(travelling, name)) != name:
+            raise ModelMismatchError(f"{first!r} and {name!r} would both travel as {travelling!r}; see tensor_names")
+
+
+def _stored(tensor: torch.Tensor) -> Iterator[memoryview]:
+    """The bytes of a tensor in row-major order, window by window, wherever and however it lies in memory."""
+    if tensor.is_contiguous() or tensor.dim() == 1:
+        flat = tensor.reshape(-1) if tensor.is_contiguous() else tensor
+        for first, count in windows(flat.numel(), _HASHED):
+            yield _encode(flat[first : first + count].to("cpu"))
+    else:
+        for row in tensor:
+            yield from _stored(row)
 
 
 def _identity(tensor: torch.Tensor) -> object:

@@ -29,20 +29,22 @@ PROTOCOL = 1
 MAX_LINE = 4 << 20
 """Bytes in the longest line either end reads."""
 MODEL_FILE = "model.json"
-"""In a model directory: `{"files": [...], "roles": {tensor: role}, "aliases": {alias: tensor}}`, files in order."""
-
+"""In a model directory: `{"files": [...], "roles": {tensor: role}, "aliases": {alias: tensor}}`, files in order; with
+"base", as `fedlink.base.base_to_json` writes it, if the model stands on one."""
 
 UPDATE_STEM = "update"
 """What the files of an update are called: `fedlink.tensors.shard_name` of this stem, one for each file that changes."""
 
 
 class FailReason(enum.StrEnum):
-    """Why a trainer gave no result; the first four are `FailTaskRequest.Reason` in lower case."""
+    """Why a trainer gave no result; all but the last are `FailTaskRequest.Reason` in lower case."""
 
     EXCEPTION = "exception"
     CRASHED = "crashed"
     OUT_OF_MEMORY = "out_of_memory"
     STALLED = "stalled"
+    BASE_MISMATCH = "base_mismatch"
+    """The frozen base is not the run's. `Failure.text` is then of our making and may leave the site."""
     CANCELLED = "cancelled"
 
 
@@ -54,7 +56,9 @@ class JobKind(enum.StrEnum):
     EVALUATE = "evaluate"
     """Measure."""
     INIT = "init"
-    """Build the model from the seed and write it to `model.safetensors`."""
+    """Build the model from the seed, and write it and what belongs beside it: the weights are the first file."""
+    DESCRIBE = "describe"
+    """Say what there is to know of the data, for the site's own eyes."""
 
 
 class Write(enum.StrEnum):
@@ -94,7 +98,11 @@ class Start(_Message):
     data: Mapping[str, Any]
     """`[workload.NAME.data]`."""
     device: str
-    """ "cpu", "cuda:0", "mps", or "auto"."""
+    """One of "cpu", "cuda:0", "mps", or "auto"."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """What site.toml says for built-in workloads: `fedclient.settings.WorkloadSettings.options`."""
+    kept: str = ""
+    """A directory for what the class keeps between processes; not made yet."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +160,8 @@ class Job(_Message):
     """Where a training that writes no gradient keeps its checkpoint, and finds the one to go on from."""
     checkpoint_every: float = 0.0
     """Seconds between two checkpoints; 0: none is written, and none is looked for."""
+    rounds: int = 0
+    """Rounds of the whole run; 0: not known."""
 
     def __post_init__(self) -> None:
         """Rebuild the typed values that JSON has no room for."""
@@ -192,6 +202,8 @@ class Result(_Message):
     """Peak resident memory of the process."""
     device_memory_bytes: int = 0
     """Peak memory that torch took on accelerators; 0 without one."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """What `Workload.describe_data` gave."""
 
     def __post_init__(self) -> None:
         """Rebuild the typed values that JSON has no room for."""

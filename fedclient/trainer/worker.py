@@ -20,7 +20,7 @@ import random
 import sys
 import time
 import traceback
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from fedclient.trainer.api import CancelledJob, Context, Site, Workload, derive_
 from fedclient.trainer.checkpoint import Checkpoints, CheckpointUnusable
 from fedclient.trainer.files import Loader, ModelDirectory, write_model, write_update
 from fedclient.trainer.memory import is_out_of_memory, peak_device_memory
+from fedclient.trainer.options import BUILT_IN
+from fedclient.trainer.own_base import BaseMismatchError, OwnBase
 from fedclient.trainer.pipe import Pipe
 from fedclient.trainer.schema import parse_settings, settings_schema
 from fedclient.trainer.state import State, state_of
@@ -47,6 +49,7 @@ from fedclient.trainer.wire import (
     Write,
 )
 from fedlink import failpoints
+from fedlink.companions import ADAPTER_WEIGHTS, MODEL_WEIGHTS, is_companion
 from fedlink.failpoints import reach
 from fedlink.memory import peak_memory
 
@@ -55,6 +58,17 @@ _MAX_TEXT = 4000
 
 class WorkloadError(Exception):
     """The class named in site.toml cannot be used, or not for this job; the message says why."""
+
+
+@dataclass(frozen=True)
+class _Built:
+    """A model as the class built it with a seed, and what is known of it."""
+
+    seed: int
+    model: Any
+    state: State
+    loader: Loader
+    base: OwnBase
 
 
 class Worker:
@@ -68,10 +82,11 @@ class Worker:
         self._start = start
         self._class = find_class(start.trainer, Path(start.directory))
         self._schema = settings_schema(self._class.Settings)
-        self._workload = self._class(Site(start.site, Path(start.directory), start.data))
+        site = Site(start.site, Path(start.directory), start.data, start.options, Path(start.kept))
+        self._workload = self._class(site)
         self._context = Context(settings=None)
         self._checkpoints: Checkpoints | None = None
-        self._model: tuple[int, Any, State, Loader] | None = None
+        self._model: _Built | None = None
 
     def description(self) -> Description:
         """What the class offers."""
@@ -106,15 +121,20 @@ class Worker:
         self._close_checkpoints()
         if job.kind is JobKind.INIT:
             return self._init(job)
+        if job.kind is JobKind.DESCRIBE:
+            return Result(0, 0, {}, 0.0, memory_bytes=peak_memory(), data=dict(self._workload.describe_data()))
         if job.model_dir is None:
             raise WorkloadError(f"a job to {job.kind.value} needs the model's directory")
         directory = ModelDirectory.read(job.model_dir)
         # Before the device is resolved: a class may import torch only here.
-        model, state, loader = self._built(job.seed)
+        built = self._built(job.seed)
+        state = built.state
         self._context = ctx = self._new_context(job)
+        built.base.check(directory.base, ctx.alive)
         frozen = {s.name for s in directory.specs.values() if s.role.value == "frozen"}
         state.begin(training=job.kind is JobKind.TRAIN, device=ctx.device, frozen=frozen)
-        loader.load(directory, job.model_key, ctx.alive)
+        built.base.settle()
+        built.loader.load(directory, job.model_key, ctx.alive)
         if job.checkpoint_dir and job.checkpoint_every and _ability(job) == "train":
             self._checkpoints = self._new_checkpoints(job, job.checkpoint_dir, state)
             if resume:
@@ -122,7 +142,7 @@ class Worker:
             ctx.use_checkpoints(self._checkpoints)
         seed_everything(ctx.seed)
         began = time.monotonic()
-        gradient = self._compute(job, model, state, loader)
+        gradient = self._compute(job, built)
         seconds = time.monotonic() - began + ctx.earlier_seconds
         examples, files = ctx.counted(), tuple[Path, ...]()
         if job.kind is JobKind.TRAIN:
@@ -138,16 +158,16 @@ class Worker:
             reach("trainer.update")
         return Result(examples, ctx.step, ctx.metrics, seconds, files, peak_memory(), peak_device_memory())
 
-    def _compute(self, job: Job, model: Any, state: State, loader: Loader) -> Any:
-        ctx = self._context
+    def _compute(self, job: Job, built: _Built) -> Any:
+        ctx, model = self._context, built.model
         ability = _ability(job)
         if ability not in abilities(self._class):
             raise WorkloadError(f"{self._class.__name__} has no method {ability!r}")
         if ability == "evaluate":
-            with state.evaluating():
+            with built.state.evaluating():
                 ctx.log(**self._workload.evaluate(model, ctx))
             return None
-        loader.forget()
+        built.loader.forget()
         if ability == "gradient":
             return self._workload.gradient(model, ctx)
         try:
@@ -163,7 +183,7 @@ class Worker:
     def _new_checkpoints(self, job: Job, directory: Path, state: State) -> Checkpoints:
         """Checkpoints that are good for nothing but this very job, on this data, by this code's versions."""
         table = job.to_json()
-        own = ("settings", "seed", "client", "run", "round", "version", "model_key", "max_steps")
+        own = ("settings", "seed", "client", "run", "round", "rounds", "version", "model_key", "max_steps")
         owner = {name: table[name] for name in own} | self._start.to_json() | {"device": "", "versions": _versions()}
         return Checkpoints(
             directory,
@@ -185,20 +205,30 @@ class Worker:
             self._checkpoints = None
 
     def _init(self, job: Job) -> Result:
-        path = _out_dir(job) / "model.safetensors"
+        self._context = Context(settings=None, report=self._report, cancelled=self._pipe.cancelled)
         self._drop_model()
-        _, state, _ = self._built(job.seed)
-        write_model(state, path)
-        return Result(0, 0, {}, 0.0, (path,))
+        built = self._built(job.seed)
+        base = built.base.tensors(self._context.alive)
+        path = _out_dir(job) / (ADAPTER_WEIGHTS if base else MODEL_WEIGHTS)
+        write_model(built.state, path, base)
+        files = [path]
+        for name, data in sorted(self._workload.model_files().items()):
+            if not is_companion(name) or not isinstance(data, bytes):
+                raise WorkloadError(f"model_files gave {name!r}: no file of that name, or not bytes, goes with a model")
+            files.append(_out_dir(job) / name)
+            files[-1].write_bytes(data)
+        return Result(0, 0, {}, 0.0, tuple(files))
 
-    def _built(self, seed: int) -> tuple[Any, State, Loader]:
-        if self._model is None or self._model[0] != seed:
+    def _built(self, seed: int) -> _Built:
+        if self._model is None or self._model.seed != seed or self._model.base.touched:
             self._drop_model()
             seed_everything(seed)
-            model = self._workload.build_model()
-            state = state_of(model)
-            self._model = seed, model, state, Loader(state)
-        return self._model[1:]
+            workload = self._workload
+            model = workload.build_model()
+            names = workload.tensor_names(model)
+            state = state_of(model, names, frozen_base=workload.frozen_base)
+            self._model = _Built(seed, model, state, Loader(state), OwnBase(state))
+        return self._model
 
     def _drop_model(self) -> None:
         self._model = None
@@ -215,6 +245,7 @@ class Worker:
             client=job.client,
             run=job.run,
             round=job.round,
+            rounds=job.rounds,
             version=job.version,
             max_steps=job.max_steps,
             report=self._report,
@@ -236,14 +267,14 @@ def check_protocol(version: int) -> None:
 
 
 def find_class(trainer: str, directory: Path) -> type[Workload]:
-    """Import `module:Class`, looked up in `directory` first, then among the installed packages.
+    """Import `module:Class`, looked up in `directory` first, then among the installed packages; or a built-in one.
 
     Raises:
         WorkloadError: there is no such class, or it is no usable Workload.
         Exception: whatever importing the module raises.
     """
     sys.path.insert(0, str(directory))
-    module, _, name = trainer.partition(":")
+    module, _, name = BUILT_IN.get(trainer, trainer).partition(":")
     found = getattr(importlib.import_module(module), name, None)
     if not isinstance(found, type) or not issubclass(found, Workload):
         raise WorkloadError(f"{trainer}: there is no class {name} in it that derives from fedclient.trainer.Workload")
@@ -269,6 +300,8 @@ def seed_everything(seed: int) -> None:
 def failure_of(error: BaseException, step: int) -> Failure:
     """What is reported of an exception."""
     reason = FailReason.OUT_OF_MEMORY if is_out_of_memory(error) else FailReason.EXCEPTION
+    if isinstance(error, BaseMismatchError):
+        reason = FailReason.BASE_MISMATCH
     return Failure(reason, type(error).__name__, step, peak_memory(), str(error)[:_MAX_TEXT])
 
 

@@ -225,7 +225,7 @@ def _assemble(model: Manifest, folded: Mapping[int, _FoldedShard]) -> NewVersion
     masters = [shard.master for shard in folded.values() if shard.master]
     master = manifest_of_files(Kind.MODEL, [(file.entry, header) for file, header in masters], {})
     return NewVersion(
-        Manifest(Kind.MODEL, tuple(files), tuple(tensors), model.aliases),
+        Manifest(Kind.MODEL, tuple(files), tuple(tensors), model.aliases, model.base, model.companions),
         master if masters else None,
         (*(shard.file for shard in folded.values()), *(file for file, _ in masters)),
     )

@@ -89,7 +89,7 @@ class Integrity:
             if damage:
                 continue
             manifest = await asyncio.to_thread(self._versions.read_manifest, digest)
-            for file in manifest.files:
+            for file in manifest.everything:
                 damage = await self._damage(full_name, file.blob.digest, known)
                 yield Finding(full_name, f"{prefix}{file.name}", file.blob, damage)
 

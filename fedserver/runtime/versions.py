@@ -191,7 +191,7 @@ class Versions:
                 continue
             ref = self._adopt_bytes(manifest.serialize(), out_dir / "manifest")
             refs.append(ref)
-            digests |= {ref.digest, *(f.blob.digest for f in manifest.files)}
+            digests |= {ref.digest, *(f.blob.digest for f in manifest.everything)}
         model, master = refs
         assert model is not None
         written = sum(f.entry.blob.size for f in new.files) + sum(ref.size for ref in refs if ref)
@@ -238,12 +238,12 @@ class Versions:
         if blob_digest(data) != digest:
             raise FedlinkError(Reason.BLOB_CORRUPT, f"the manifest of {what} is damaged on the server's disk")
         manifest = Manifest.parse(data)
-        for f in manifest.files:
+        for f in manifest.everything:
             if f.blob.digest in here and here[f.blob.digest].size != f.blob.size:
                 raise FedlinkError(
                     Reason.BAD_MANIFEST, f"file {f.name} of {what} has another size than its manifest says"
                 )
-        ids = [id_of(f.blob.digest, f"file {f.name}") for f in manifest.files]
+        ids = [id_of(f.blob.digest, f"file {f.name}") for f in manifest.everything][: len(manifest.files)]
         return ModelFiles(manifest, [self._spool.path(i) for i in ids], [self._spool.list_path(i) for i in ids])
 
     @whole
@@ -286,7 +286,7 @@ class Versions:
         try:
             with self._disk.used_for("imports"):
                 links.mkdir(parents=True)
-                for blob in {f.blob for f in manifest.files} | {ref}:
+                for blob in {f.blob for f in manifest.everything} | {ref}:
                     upload = by_digest[blob.digest]
                     if not self._store.contains(blob.digest):
                         link = _linked(self._spool.path(upload.id), links / upload.id.hex())
@@ -459,7 +459,7 @@ def _record_model(c: Connection, name: str, ref: BlobRef, manifest: Manifest, up
         tensors=len(manifest.tensors),
         created=time.time(),
     )
-    model_queries.add_refs(c, f"model:{name}", [ref.digest, *(f.blob.digest for f in manifest.files)])
+    model_queries.add_refs(c, f"model:{name}", [ref.digest, *(f.blob.digest for f in manifest.everything)])
     row = model_queries.model(c, name)
     assert row is not None
     return row

@@ -127,7 +127,8 @@ class CoordinationServicer(pb_grpc.CoordinationServiceServicer):
         out.model.CopyFrom(ref_to_pb(model))
         # Not escaped, so that it is no longer than what was checked.
         out.settings_json = json.dumps(dict(spec.settings), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-        current = self._engine.driver_of(task).round
+        driver = self._engine.driver_of(task)
+        current, out.rounds = driver.round, driver.row.rounds
         if row.kind != "train":
             out.evaluate.SetInParent()
             return out

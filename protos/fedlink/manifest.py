@@ -1,4 +1,4 @@
-"""The manifest: which files make up a model or an update, and which tensors lie where.
+"""The manifest: which files make up a model or an update, which tensors lie where, and on what they stand.
 
 The serialized `fedlink.v1.Manifest` is itself a blob; `Manifest` is its checked value.
 """
@@ -11,7 +11,9 @@ from functools import cached_property
 
 from google.protobuf.message import DecodeError
 
+from fedlink.base import BaseTensor
 from fedlink.blobs import DIGEST_SIZE, MAX_BLOB_SIZE, MAX_MANIFEST_SIZE, BlobRef
+from fedlink.companions import MAX_COMPANION_BYTES, MAX_COMPANIONS, is_companion
 from fedlink.errors import FedlinkError, Reason
 from fedlink.tensors import DTYPES, FILE_NAME, Header, Kind, Role, Stored, TensorError, TensorSpec, check_spec
 from fedlink.v1 import types_pb2 as pb
@@ -24,7 +26,7 @@ MAX_FILES = 16_384
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """One safetensors shard."""
+    """One file, by name and content."""
 
     name: str
     blob: BlobRef
@@ -55,6 +57,10 @@ class Manifest:
     files: tuple[FileEntry, ...]
     tensors: tuple[TensorEntry, ...]
     aliases: Mapping[str, str]
+    base: tuple[BaseTensor, ...] = ()
+    """The frozen base that the model stands on; sites have it of their own."""
+    companions: tuple[FileEntry, ...] = ()
+    """Files beside the weights; for export only."""
 
     def __post_init__(self) -> None:
         _check(self)
@@ -66,8 +72,13 @@ class Manifest:
 
     @property
     def total_size(self) -> int:
-        """Bytes of all files."""
+        """Bytes of all shards."""
         return sum(f.blob.size for f in self.files)
+
+    @property
+    def everything(self) -> tuple[FileEntry, ...]:
+        """The shards, then the files beside them: what is kept as long as the model."""
+        return self.files + self.companions
 
     def in_file(self, index: int) -> list[TensorEntry]:
         """The tensors of one file, in order of offset."""
@@ -117,6 +128,10 @@ class Manifest:
             )
         for name, target in sorted(self.aliases.items()):
             message.aliases.add(name=name, target=target)
+        for b in self.base:
+            message.base.add(name=b.name, dtype=pb.Dtype.Value(f"DTYPE_{b.dtype}"), shape=b.shape, digest=b.digest)
+        for file in self.companions:
+            message.companions.add(name=file.name, blob=ref_to_pb(file.blob))
         data = message.SerializeToString(deterministic=True)
         if len(data) > MAX_MANIFEST_SIZE:
             raise _bad(f"manifest is {len(data)} bytes; the limit is {MAX_MANIFEST_SIZE}")
@@ -136,9 +151,11 @@ class Manifest:
             kind = Kind[pb.Manifest.Kind.Name(message.kind).removeprefix("KIND_")]
             files = tuple(FileEntry(f.name, ref_from_pb(f.blob)) for f in message.files)
             tensors = tuple(_tensor_from_pb(t) for t in message.tensors)
+            base = tuple(_base_from_pb(b) for b in message.base[: MAX_TENSORS + 1])
+            companions = tuple(FileEntry(f.name, ref_from_pb(f.blob)) for f in message.companions)
         except (DecodeError, KeyError, ValueError) as e:
             raise _bad(f"manifest cannot be read: {e}") from None
-        return cls(kind, files, tensors, {a.name: a.target for a in message.aliases})
+        return cls(kind, files, tensors, {a.name: a.target for a in message.aliases}, base, companions)
 
 
 def ref_to_pb(ref: BlobRef) -> pb.BlobRef:
@@ -162,6 +179,9 @@ def manifest_of_files(
     files: Sequence[tuple[FileEntry, Header]],
     roles: Mapping[str, Role],
     aliases: Mapping[str, str] | None = None,
+    *,
+    base: Sequence[BaseTensor] = (),
+    companions: Sequence[FileEntry] = (),
 ) -> Manifest:
     """The manifest of safetensors files that are already named by digest.
 
@@ -170,6 +190,8 @@ def manifest_of_files(
         files: each file and its header.
         roles: role of each tensor; a tensor that is not in it keeps the role in the header.
         aliases: tied names.
+        base: the frozen base that it stands on.
+        companions: files beside the weights.
     """
     tensors = []
     for index, (_, header) in enumerate(files):
@@ -177,13 +199,18 @@ def manifest_of_files(
             spec = item.spec
             spec = TensorSpec(spec.name, spec.dtype, spec.shape, roles.get(spec.name, spec.role))
             tensors.append(TensorEntry(Stored(spec, item.offset), index))
-    return Manifest(kind, tuple(entry for entry, _ in files), tuple(tensors), dict(aliases or {}))
+    entries = tuple(entry for entry, _ in files)
+    return Manifest(kind, entries, tuple(tensors), dict(aliases or {}), tuple(base), tuple(companions))
 
 
 def _tensor_from_pb(t: pb.Manifest.Tensor) -> TensorEntry:
     dtype = pb.Dtype.Name(t.dtype).removeprefix("DTYPE_")
     role = Role[pb.Role.Name(t.role).removeprefix("ROLE_")]
     return TensorEntry(Stored(TensorSpec(t.name, dtype, tuple(t.shape), role), t.offset), t.file)
+
+
+def _base_from_pb(b: pb.Manifest.BaseTensor) -> BaseTensor:
+    return BaseTensor(b.name, pb.Dtype.Name(b.dtype).removeprefix("DTYPE_"), tuple(b.shape), b.digest)
 
 
 def _check(m: Manifest) -> None:
@@ -205,9 +232,25 @@ def _check(m: Manifest) -> None:
             raise _bad(f"tensor {t.spec.name!r} lies outside its file", t.spec.name)
         if m.kind is not Kind.MODEL and t.spec.role is Role.FROZEN:
             raise _bad(f"tensor {t.spec.name!r} is frozen and may not be in an update", t.spec.name)
+    _check_beside(m)
     for name, target in m.aliases.items():
         if target not in m.by_name or name in m.by_name or m.kind is not Kind.MODEL:
             raise _bad(f"alias {name!r} of {target!r} is not valid", name)
+
+
+def _check_beside(m: Manifest) -> None:
+    """What is no tensor of the model's own: its base, and the files beside it."""
+    if m.kind is not Kind.MODEL and (m.base or m.companions):
+        raise _bad("an update names a base or files beside its tensors")
+    if len(m.base) > MAX_TENSORS or len({b.name for b in m.base}) != len(m.base):
+        raise _bad("manifest names a tensor of the base twice, or too many")
+    names = {f.name for f in m.companions}
+    if len(names) != len(m.companions) or names & {f.name for f in m.files} or len(names) > MAX_COMPANIONS:
+        raise _bad("manifest names a file beside the model twice, or too many")
+    if unknown := sorted(n for n in names if not is_companion(n)):
+        raise _bad(f"manifest has {unknown[0][:128]!r} beside the model; no file of that name travels with one")
+    if sum(f.blob.size for f in m.companions) > MAX_COMPANION_BYTES:
+        raise _bad(f"the files beside the model have more than {MAX_COMPANION_BYTES} bytes")
 
 
 def _bad(message: str, tensor: str = "") -> FedlinkError:

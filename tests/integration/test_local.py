@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from fedclient.local import init_model, train_local
-from fedclient.local_files import INDEX, LocalModel, export_model, import_model, next_version
+from fedclient.local_files import LocalModel, export_model, import_model, next_version
 from fedclient.trainer.api import Context, Site, derive_seed
 from fedclient.trainer.worker import seed_everything
+from fedlink.companions import INDEX_NAME
 from fedlink.errors import FedlinkError, Reason
 from fedlink.run_file import RunSpec
 from fedlink.tensors import DTYPES, Role, ShardWriter, TensorSpec, apply_metadata, read_header, roles_metadata
@@ -180,7 +181,7 @@ def test_layout_is_canonical_and_frozen_shards_are_linked(tmp_path, monkeypatch)
             for s in part:
                 w.write(s.name, values[s.name])
     index = {"weight_map": {s.name: "x.safetensors" if s in specs[:2] else "y.safetensors" for s in specs}}
-    (sources / INDEX).write_text(json.dumps(index))
+    (sources / INDEX_NAME).write_text(json.dumps(index))
     model = import_model(sources, tmp_path / "0")
     assert [[s.name for s in shard] for _, shard in model.shards] == [["a"], ["n", "b"], ["f"]]
     assert {n: d for n, (_, d) in raw_tensors(*files(model)).items()} == values

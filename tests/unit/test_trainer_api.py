@@ -163,6 +163,7 @@ MESSAGES = [
         3,
         Path("/c"),
         0.5,
+        12,
     ),
     Job(JobKind.EVALUATE),
     Progress(1, 2, {"loss": 0.5}, 7, "resumed"),

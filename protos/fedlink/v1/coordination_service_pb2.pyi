@@ -301,6 +301,7 @@ class Task(_message.Message):
     DEADLINE_FIELD_NUMBER: _builtins.int
     TRAIN_FIELD_NUMBER: _builtins.int
     EVALUATE_FIELD_NUMBER: _builtins.int
+    ROUNDS_FIELD_NUMBER: _builtins.int
     token: _builtins.bytes
     """Opaque; names the task in every call; at most 64 bytes."""
     run: _builtins.str
@@ -317,6 +318,10 @@ class Task(_message.Message):
     """The run's settings for the trainer."""
     seed: _builtins.int
     """The run's seed: clients derive theirs from (seed, client name, round)."""
+    rounds: _builtins.int
+    """Rounds of the whole run, as the server knows it now: an operator may change
+    it later. 0 from a server that does not say.
+    """
     @_builtins.property
     def model(self) -> _types_pb2.BlobRef:
         """Its manifest (KIND_MODEL); its files are readable under this token."""
@@ -348,10 +353,11 @@ class Task(_message.Message):
         deadline: _timestamp_pb2.Timestamp | None = ...,
         train: Global___TrainWork | None = ...,
         evaluate: Global___EvaluateWork | None = ...,
+        rounds: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["deadline", b"deadline", "evaluate", b"evaluate", "model", b"model", "train", b"train", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "deadline", b"deadline", "evaluate", b"evaluate", "model", b"model", "round", b"round", "run", b"run", "seed", b"seed", "settings_json", b"settings_json", "token", b"token", "train", b"train", "version", b"version", "work", b"work", "workload", b"workload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "deadline", b"deadline", "evaluate", b"evaluate", "model", b"model", "round", b"round", "rounds", b"rounds", "run", b"run", "seed", b"seed", "settings_json", b"settings_json", "token", b"token", "train", b"train", "version", b"version", "work", b"work", "workload", b"workload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_work: _TypeAlias = _typing.Literal["train", "evaluate"]  # noqa: Y015
     _WhichOneofArgType_work: _TypeAlias = _typing.Literal["work", b"work"]  # noqa: Y015
@@ -654,6 +660,10 @@ class FailTaskRequest(_message.Message):
         """The site does not accept the task: workload, run or settings."""
         REASON_UNAVAILABLE: FailTaskRequest._Reason.ValueType  # 6
         """The site cannot take it now (no disk, drained); ask again later."""
+        REASON_BASE_MISMATCH: FailTaskRequest._Reason.ValueType  # 7
+        """The site's frozen base is not the one that the model's manifest names; the
+        message says which tensor differs. Never retryable.
+        """
 
     class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
         """What went wrong."""
@@ -672,6 +682,10 @@ class FailTaskRequest(_message.Message):
     """The site does not accept the task: workload, run or settings."""
     REASON_UNAVAILABLE: FailTaskRequest.Reason.ValueType  # 6
     """The site cannot take it now (no disk, drained); ask again later."""
+    REASON_BASE_MISMATCH: FailTaskRequest.Reason.ValueType  # 7
+    """The site's frozen base is not the one that the model's manifest names; the
+    message says which tensor differs. Never retryable.
+    """
 
     TOKEN_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int

@@ -24,31 +24,33 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x66\x65\x64link/v1/types.proto\x12\nfedlink.v1\"\'\n\x07\x42lobRef\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x0c\n\x04size\x18\x02 \x01(\x04\"\xf1\x03\n\x08Manifest\x12\'\n\x04kind\x18\x01 \x01(\x0e\x32\x19.fedlink.v1.Manifest.Kind\x12(\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x19.fedlink.v1.Manifest.File\x12,\n\x07tensors\x18\x03 \x03(\x0b\x32\x1b.fedlink.v1.Manifest.Tensor\x12+\n\x07\x61liases\x18\x04 \x03(\x0b\x32\x1a.fedlink.v1.Manifest.Alias\x1a\x37\n\x04\x46ile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12!\n\x04\x62lob\x18\x02 \x01(\x0b\x32\x13.fedlink.v1.BlobRef\x1a\x85\x01\n\x06Tensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12 \n\x05\x64type\x18\x02 \x01(\x0e\x32\x11.fedlink.v1.Dtype\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x1e\n\x04role\x18\x04 \x01(\x0e\x32\x10.fedlink.v1.Role\x12\x0c\n\x04\x66ile\x18\x05 \x01(\r\x12\x0e\n\x06offset\x18\x06 \x01(\x04\x1a%\n\x05\x41lias\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\"O\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x0e\n\nKIND_MODEL\x10\x01\x12\x0e\n\nKIND_DELTA\x10\x02\x12\x11\n\rKIND_GRADIENT\x10\x03\";\n\x06\x44\x65vice\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x04*\xdd\x02\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0e\n\nDTYPE_BOOL\x10\x01\x12\x0c\n\x08\x44TYPE_U8\x10\x02\x12\x0c\n\x08\x44TYPE_I8\x10\x03\x12\r\n\tDTYPE_U16\x10\x04\x12\r\n\tDTYPE_I16\x10\x05\x12\r\n\tDTYPE_U32\x10\x06\x12\r\n\tDTYPE_I32\x10\x07\x12\r\n\tDTYPE_U64\x10\x08\x12\r\n\tDTYPE_I64\x10\t\x12\x11\n\rDTYPE_F8_E4M3\x10\n\x12\x11\n\rDTYPE_F8_E5M2\x10\x0b\x12\x11\n\rDTYPE_F8_E8M0\x10\x0c\x12\r\n\tDTYPE_F16\x10\r\x12\x0e\n\nDTYPE_BF16\x10\x0e\x12\r\n\tDTYPE_F32\x10\x0f\x12\r\n\tDTYPE_F64\x10\x10\x12\r\n\tDTYPE_C64\x10\x11\x12\x0c\n\x08\x44TYPE_F4\x10\x12\x12\x11\n\rDTYPE_F6_E2M3\x10\x13\x12\x11\n\rDTYPE_F6_E3M2\x10\x14*R\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x12\n\x0eROLE_PARAMETER\x10\x01\x12\x0f\n\x0bROLE_BUFFER\x10\x02\x12\x0f\n\x0bROLE_FROZEN\x10\x03*\xff\x01\n\tTaskState\x12\x1a\n\x16TASK_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12TASK_STATE_PENDING\x10\x01\x12\x16\n\x12TASK_STATE_RUNNING\x10\x02\x12\x13\n\x0fTASK_STATE_AWAY\x10\x03\x12\x17\n\x13TASK_STATE_CHECKING\x10\x04\x12\x17\n\x13TASK_STATE_ACCEPTED\x10\x05\x12\x16\n\x12TASK_STATE_REFUSED\x10\x06\x12\x15\n\x11TASK_STATE_FAILED\x10\x07\x12\x15\n\x11TASK_STATE_CLOSED\x10\x08\x12\x19\n\x15TASK_STATE_SUPERSEDED\x10\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x66\x65\x64link/v1/types.proto\x12\nfedlink.v1\"\'\n\x07\x42lobRef\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x0c\n\x04size\x18\x02 \x01(\x04\"\xac\x05\n\x08Manifest\x12\'\n\x04kind\x18\x01 \x01(\x0e\x32\x19.fedlink.v1.Manifest.Kind\x12(\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x19.fedlink.v1.Manifest.File\x12,\n\x07tensors\x18\x03 \x03(\x0b\x32\x1b.fedlink.v1.Manifest.Tensor\x12+\n\x07\x61liases\x18\x04 \x03(\x0b\x32\x1a.fedlink.v1.Manifest.Alias\x12-\n\x04\x62\x61se\x18\x05 \x03(\x0b\x32\x1f.fedlink.v1.Manifest.BaseTensor\x12-\n\ncompanions\x18\x06 \x03(\x0b\x32\x19.fedlink.v1.Manifest.File\x1a\x37\n\x04\x46ile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12!\n\x04\x62lob\x18\x02 \x01(\x0b\x32\x13.fedlink.v1.BlobRef\x1a\x85\x01\n\x06Tensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12 \n\x05\x64type\x18\x02 \x01(\x0e\x32\x11.fedlink.v1.Dtype\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x1e\n\x04role\x18\x04 \x01(\x0e\x32\x10.fedlink.v1.Role\x12\x0c\n\x04\x66ile\x18\x05 \x01(\r\x12\x0e\n\x06offset\x18\x06 \x01(\x04\x1a%\n\x05\x41lias\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x1a[\n\nBaseTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12 \n\x05\x64type\x18\x02 \x01(\x0e\x32\x11.fedlink.v1.Dtype\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\"O\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x0e\n\nKIND_MODEL\x10\x01\x12\x0e\n\nKIND_DELTA\x10\x02\x12\x11\n\rKIND_GRADIENT\x10\x03\";\n\x06\x44\x65vice\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x04*\xdd\x02\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0e\n\nDTYPE_BOOL\x10\x01\x12\x0c\n\x08\x44TYPE_U8\x10\x02\x12\x0c\n\x08\x44TYPE_I8\x10\x03\x12\r\n\tDTYPE_U16\x10\x04\x12\r\n\tDTYPE_I16\x10\x05\x12\r\n\tDTYPE_U32\x10\x06\x12\r\n\tDTYPE_I32\x10\x07\x12\r\n\tDTYPE_U64\x10\x08\x12\r\n\tDTYPE_I64\x10\t\x12\x11\n\rDTYPE_F8_E4M3\x10\n\x12\x11\n\rDTYPE_F8_E5M2\x10\x0b\x12\x11\n\rDTYPE_F8_E8M0\x10\x0c\x12\r\n\tDTYPE_F16\x10\r\x12\x0e\n\nDTYPE_BF16\x10\x0e\x12\r\n\tDTYPE_F32\x10\x0f\x12\r\n\tDTYPE_F64\x10\x10\x12\r\n\tDTYPE_C64\x10\x11\x12\x0c\n\x08\x44TYPE_F4\x10\x12\x12\x11\n\rDTYPE_F6_E2M3\x10\x13\x12\x11\n\rDTYPE_F6_E3M2\x10\x14*R\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x12\n\x0eROLE_PARAMETER\x10\x01\x12\x0f\n\x0bROLE_BUFFER\x10\x02\x12\x0f\n\x0bROLE_FROZEN\x10\x03*\xff\x01\n\tTaskState\x12\x1a\n\x16TASK_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12TASK_STATE_PENDING\x10\x01\x12\x16\n\x12TASK_STATE_RUNNING\x10\x02\x12\x13\n\x0fTASK_STATE_AWAY\x10\x03\x12\x17\n\x13TASK_STATE_CHECKING\x10\x04\x12\x17\n\x13TASK_STATE_ACCEPTED\x10\x05\x12\x16\n\x12TASK_STATE_REFUSED\x10\x06\x12\x15\n\x11TASK_STATE_FAILED\x10\x07\x12\x15\n\x11TASK_STATE_CLOSED\x10\x08\x12\x19\n\x15TASK_STATE_SUPERSEDED\x10\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fedlink.v1.types_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=641
-  _globals['_DTYPE']._serialized_end=990
-  _globals['_ROLE']._serialized_start=992
-  _globals['_ROLE']._serialized_end=1074
-  _globals['_TASKSTATE']._serialized_start=1077
-  _globals['_TASKSTATE']._serialized_end=1332
+  _globals['_DTYPE']._serialized_start=828
+  _globals['_DTYPE']._serialized_end=1177
+  _globals['_ROLE']._serialized_start=1179
+  _globals['_ROLE']._serialized_end=1261
+  _globals['_TASKSTATE']._serialized_start=1264
+  _globals['_TASKSTATE']._serialized_end=1519
   _globals['_BLOBREF']._serialized_start=38
   _globals['_BLOBREF']._serialized_end=77
   _globals['_MANIFEST']._serialized_start=80
-  _globals['_MANIFEST']._serialized_end=577
-  _globals['_MANIFEST_FILE']._serialized_start=266
-  _globals['_MANIFEST_FILE']._serialized_end=321
-  _globals['_MANIFEST_TENSOR']._serialized_start=324
-  _globals['_MANIFEST_TENSOR']._serialized_end=457
-  _globals['_MANIFEST_ALIAS']._serialized_start=459
-  _globals['_MANIFEST_ALIAS']._serialized_end=496
-  _globals['_MANIFEST_KIND']._serialized_start=498
-  _globals['_MANIFEST_KIND']._serialized_end=577
-  _globals['_DEVICE']._serialized_start=579
-  _globals['_DEVICE']._serialized_end=638
+  _globals['_MANIFEST']._serialized_end=764
+  _globals['_MANIFEST_FILE']._serialized_start=360
+  _globals['_MANIFEST_FILE']._serialized_end=415
+  _globals['_MANIFEST_TENSOR']._serialized_start=418
+  _globals['_MANIFEST_TENSOR']._serialized_end=551
+  _globals['_MANIFEST_ALIAS']._serialized_start=553
+  _globals['_MANIFEST_ALIAS']._serialized_end=590
+  _globals['_MANIFEST_BASETENSOR']._serialized_start=592
+  _globals['_MANIFEST_BASETENSOR']._serialized_end=683
+  _globals['_MANIFEST_KIND']._serialized_start=685
+  _globals['_MANIFEST_KIND']._serialized_end=764
+  _globals['_DEVICE']._serialized_start=766
+  _globals['_DEVICE']._serialized_end=825
 # @@protoc_insertion_point(module_scope)

@@ -301,7 +301,7 @@ class Manifest(_message.Message):
 
     @_typing.final
     class File(_message.Message):
-        """File is one safetensors shard."""
+        """File is one file by its name and content."""
 
         DESCRIPTOR: _descriptor.Descriptor
 
@@ -311,7 +311,7 @@ class Manifest(_message.Message):
         """Relative name: [A-Za-z0-9._-]+, at most 128 characters, no leading dot. Unique."""
         @_builtins.property
         def blob(self) -> Global___BlobRef:
-            """The file's bytes, header included."""
+            """The file's bytes; of a shard, header included."""
 
         def __init__(
             self,
@@ -396,10 +396,53 @@ class Manifest(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class BaseTensor(_message.Message):
+        """BaseTensor identifies one tensor of a frozen base: weights that the model
+        stands on, that each site has of its own, and that never travel.
+        """
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        NAME_FIELD_NUMBER: _builtins.int
+        DTYPE_FIELD_NUMBER: _builtins.int
+        SHAPE_FIELD_NUMBER: _builtins.int
+        DIGEST_FIELD_NUMBER: _builtins.int
+        name: _builtins.str
+        """Name in the base by itself, as in its own files; as a tensor's."""
+        dtype: Global___Dtype.ValueType
+        """Element type, as the sites hold it."""
+        digest: _builtins.bytes
+        """SHA-256 over
+          "fedlink base 1\\n" name "\\n" dtype "\\n" dimensions joined by "," "\\n"
+        in UTF-8, with the dtype as safetensors names it, and then the elements,
+        little-endian and row-major. So it does not depend on files, and a site's
+        Python needs nothing of ours to compute it. 32 bytes.
+        """
+        @_builtins.property
+        def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+            """Dimensions."""
+
+        def __init__(
+            self,
+            *,
+            name: _builtins.str = ...,
+            dtype: Global___Dtype.ValueType = ...,
+            shape: _abc.Iterable[_builtins.int] | None = ...,
+            digest: _builtins.bytes = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "dtype", b"dtype", "name", b"name", "shape", b"shape"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     KIND_FIELD_NUMBER: _builtins.int
     FILES_FIELD_NUMBER: _builtins.int
     TENSORS_FIELD_NUMBER: _builtins.int
     ALIASES_FIELD_NUMBER: _builtins.int
+    BASE_FIELD_NUMBER: _builtins.int
+    COMPANIONS_FIELD_NUMBER: _builtins.int
     kind: Global___Manifest.Kind.ValueType
     """What the tensors are."""
     @_builtins.property
@@ -416,6 +459,21 @@ class Manifest(_message.Message):
     def aliases(self) -> _containers.RepeatedCompositeFieldContainer[Global___Manifest.Alias]:
         """Names tied to a tensor above. Empty in updates."""
 
+    @_builtins.property
+    def base(self) -> _containers.RepeatedCompositeFieldContainer[Global___Manifest.BaseTensor]:
+        """The frozen base; empty if there is none, and in updates. A site whose base
+        differs fails the task with REASON_BASE_MISMATCH before it trains. At most
+        65,536.
+        """
+
+    @_builtins.property
+    def companions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Manifest.File]:
+        """What tools want beside the weights to load them: config, tokenizer and
+        templates. Of the names that docs/protocol.md lists, unlike any in files; at
+        most 32, and 128 MiB together. For export only: a site has its own, and no
+        task gives it the right to read them. Empty in updates.
+        """
+
     def __init__(
         self,
         *,
@@ -423,10 +481,12 @@ class Manifest(_message.Message):
         files: _abc.Iterable[Global___Manifest.File] | None = ...,
         tensors: _abc.Iterable[Global___Manifest.Tensor] | None = ...,
         aliases: _abc.Iterable[Global___Manifest.Alias] | None = ...,
+        base: _abc.Iterable[Global___Manifest.BaseTensor] | None = ...,
+        companions: _abc.Iterable[Global___Manifest.File] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "files", b"files", "kind", b"kind", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "base", b"base", "companions", b"companions", "files", b"files", "kind", b"kind", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

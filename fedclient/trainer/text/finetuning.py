@@ -1,0 +1,269 @@
+"""What the built-in workloads share: the model, the data, and the training loop."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import numpy.typing as npt
+import torch
+
+from fedclient.trainer.api import Bounds, Context, Site, Workload
+from fedclient.trainer.options import DataOptions, Files, LoraOptions, ParameterOptions, PrecisionOptions
+from fedclient.trainer.text import lora, optimizers, schedules
+from fedclient.trainer.text.batches import Batch, Numbers, Padding, Steps, in_order_of_length
+from fedclient.trainer.text.corpus import Corpus
+from fedclient.trainer.text.keeping import KeptOptimizer
+from fedclient.trainer.text.meter import Meter
+from fedclient.trainer.text.precision import Precision, weights_dtype
+from fedclient.trainer.text.pretrained import (
+    Pretrained,
+    choose_parameters,
+    config_file,
+    options_of,
+    require,
+    usable_length,
+)
+from fedclient.trainer.text.readiness import described, overlap
+from fedclient.trainer.text.rows import DataError
+
+_BASE_SEED = 0
+
+
+@dataclass(frozen=True)
+class FineTuningSettings(Workload.Settings):
+    """What a run may set of every built-in workload."""
+
+    epochs: Annotated[int, Bounds(1, 1000)] = 1
+    """Passes over the site's data in a round."""
+    steps: Annotated[int, Bounds(0)] = 0
+    """Optimizer steps in a round, instead of epochs; 0: epochs."""
+    batch_size: Annotated[int, Bounds(1)] = 8
+    """Examples in a forward pass."""
+    accumulation: Annotated[int, Bounds(1)] = 1
+    """Forward passes in an optimizer step."""
+    optimizer: optimizers.Name = "adamw"
+    learning_rate: Annotated[float, Bounds(0)] = 5e-5
+    """The highest one of the schedule."""
+    schedule: schedules.Name = "cosine"
+    """What the rate does after the warm-up, over the whole run."""
+    warmup: Annotated[float, Bounds(0, 1)] = 0.03
+    """Share of the run's steps over which the rate rises from 0."""
+    floor: Annotated[float, Bounds(0, 1)] = 0.1
+    """Share of the rate that the schedule ends at."""
+    weight_decay: Annotated[float, Bounds(0)] = 0.01
+    """Not of biases and norms."""
+    momentum: Annotated[float, Bounds(0, 1)] = 0.0
+    """Of sgd and rmsprop."""
+    beta1: Annotated[float, Bounds(0, 0.9999)] = 0.9
+    """Of the Adam family, as `beta2`."""
+    beta2: Annotated[float, Bounds(0, 0.999999)] = 0.999
+    max_grad_norm: Annotated[float, Bounds(0)] = 1.0
+    """Longer gradients are shortened to it; 0: none is."""
+    keep_optimizer: bool = False
+    """Keep the optimizer's state at the site from round to round, instead of beginning anew."""
+    eval_batch_size: Annotated[int, Bounds(1)] = 8
+    """Examples in a forward pass of an evaluation."""
+    eval_limit: Annotated[int, Bounds(0)] = 0
+    """Evaluate so many examples only, the first ones; 0: all."""
+
+
+class FineTuning(Workload):
+    """A pretrained transformer, trained whole or by adapters on the site's texts.
+
+    Subclasses say what an example is and what its loss is. Options of site.toml are read here; what they mean for
+    the model is in `pretrained` and `lora`.
+    """
+
+    kind: ClassVar[str]
+    """The class of transformers that makes the model, such as "AutoModelForCausalLM"."""
+    task: ClassVar[lora.Task]
+    """What peft calls its purpose."""
+    new_head: ClassVar[bool] = False
+    """Whether the directory may lack what is not the body of the model; it is then drawn from the run's seed."""
+    Settings = FineTuningSettings
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        require("transformers", *(["peft"] if site.options.get("lora") is not None else []))
+        table = site.options
+        self.lora = LoraOptions(**options_of(table, "lora")) if table.get("lora") is not None else None
+        self.parameters = ParameterOptions(**options_of(table, "parameters"))
+        self.precision = PrecisionOptions(**options_of(table, "precision"))
+        self.frozen_base = self.lora is not None
+        self.pretrained = Pretrained(
+            site.directory / str(table.get("model", "")), trust_remote_code=bool(table.get("trust_remote_code"))
+        )
+        self._adapter_file = b""
+
+    @property
+    @abstractmethod
+    def options(self) -> DataOptions:
+        """`[workload.NAME.data]`, with its defaults."""
+
+    @abstractmethod
+    def make_config(self) -> Any:
+        """The model's configuration."""
+
+    @abstractmethod
+    def make_corpus(self, files: Sequence[Path]) -> Corpus:
+        """Tokenize some of the site's files."""
+
+    @abstractmethod
+    def make_batch(self, corpus: Corpus, numbers: Numbers, padding: Padding) -> Batch:
+        """Some examples as tensors."""
+
+    @abstractmethod
+    def summed_loss(self, model: Any, batch: Batch) -> torch.Tensor:
+        """The loss over a batch, summed over what `weights` counts."""
+
+    @abstractmethod
+    def weights(self, corpus: Corpus) -> npt.NDArray[Any]:
+        """How much each example counts, in the loss and in what the server weighs by."""
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self.pretrained.tokenizer()
+
+    @cached_property
+    def config(self) -> Any:
+        """The model's configuration."""
+        return self.make_config()
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of an example at most."""
+        return usable_length(self.options.max_length, self.config, self.tokenizer)
+
+    @cached_property
+    def train_corpus(self) -> Corpus:
+        """What is learned from; tokenized once in a process.
+
+        Raises:
+            DataError: there is nothing in it.
+        """
+        corpus = self.make_corpus(self._paths(self.options.train))
+        if not len(corpus):
+            raise DataError("[workload.NAME.data] train of site.toml: there is nothing to learn in these files")
+        return corpus
+
+    @cached_property
+    def test_corpus(self) -> Corpus | None:
+        """What evaluations measure on; None if the site has nothing for it."""
+        return self.make_corpus(self._paths(self.options.test)) if self.options.test else None
+
+    def padding(self, device: str) -> Padding:
+        """How batches are made for a device."""
+        return Padding(self.pad_token, device)
+
+    @property
+    def pad_token(self) -> int:
+        """The token that batches are filled up with; what it is does not matter, for it is masked."""
+        found = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        return next((token for token in found if token is not None), 0)
+
+    def build_model(self) -> Any:
+        """See `Workload`."""
+        dtype = weights_dtype(self.precision.weights)
+        if self.lora is None:
+            model = self.pretrained.model(self.kind, self.config, dtype, new_head=self.new_head)
+            choose_parameters(model, self.parameters)
+        else:
+            # The base is the same for every run, whatever its seed: its digests say so.
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(_BASE_SEED)
+                base = self.pretrained.model(self.kind, self.config, dtype, new_head=self.new_head)
+            model = lora.with_adapters(base, self.lora, self.task)
+            self._adapter_file = lora.adapter_file(model, Path(str(self.site.options["model"])).name)
+        if self.precision.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return model
+
+    def tensor_names(self, model: Any) -> Mapping[str, str]:
+        """See `Workload`: with adapters, the names that peft gives them."""
+        return lora.adapter_names(model) if self.lora is not None else {}
+
+    def model_files(self) -> Mapping[str, bytes]:
+        """See `Workload`: what `from_pretrained` needs besides the weights."""
+        if self.lora is not None:
+            return {"adapter_config.json": self._adapter_file}
+        return {"config.json": config_file(self.config)} | self.pretrained.tokenizer_files()
+
+    def describe_data(self) -> Mapping[str, Any]:
+        """See `Workload`: counts, lengths, duplicates."""
+        train, test = self.train_corpus, self.test_corpus
+        found = {"train": self.described(train)}
+        return found | ({"test": self.described(test), "in_both": overlap(train, test)} if test else {})
+
+    def described(self, corpus: Corpus) -> dict[str, Any]:
+        """What there is to know of a corpus."""
+        return described(corpus, self.max_length)
+
+    def train(self, model: Any, ctx: Context) -> None:
+        """See `Workload`."""
+        settings: FineTuningSettings = ctx.settings
+        corpus, padding = self.train_corpus, self.padding(ctx.device)
+        precision, weights = Precision(self.precision.autocast, ctx.device), self.weights(corpus)
+        optimizer = optimizers.make_optimizer(model, settings)
+        kept = KeptOptimizer(self.site.kept, ctx) if settings.keep_optimizer else None
+        if kept:
+            kept.load(optimizer)
+        meter = Meter(ctx)
+        ctx.keep(optimizer=optimizer, scaler=precision.scaler, totals=meter.totals)
+        epoch = Steps(len(corpus), settings.batch_size, settings.accumulation, ctx.rng())
+        in_round = settings.steps or settings.epochs * len(epoch)
+        schedule = schedules.Schedule(
+            settings.schedule, settings.learning_rate, ctx.rounds * in_round, settings.warmup, settings.floor
+        )
+        before = (ctx.round - 1) * in_round
+        for batches in ctx.batches(epoch, epochs=settings.epochs, steps=settings.steps or None):
+            meter.begin_step()
+            optimizers.set_rate(optimizer, schedule.rate(before + ctx.step))
+            step_weight = sum(int(weights[numbers].sum()) for numbers in batches)
+            for numbers in batches:
+                with meter.waiting():
+                    batch = self.make_batch(corpus, numbers, padding)
+                with precision.autocast():
+                    loss = self.summed_loss(model, batch)
+                torch.autograd.backward(precision.scaler.scale(loss / step_weight))
+                meter.add(loss, int(weights[numbers].sum()))
+            self._step(optimizer, precision, settings.max_grad_norm)
+            meter.end_step(optimizer.param_groups[0]["lr"], int(corpus.sizes[numbers_of(batches)].sum()))
+        if kept:
+            kept.save(optimizer)
+        ctx.num_examples = int(weights.sum())
+
+    def gradient(self, model: Any, ctx: Context) -> None:
+        """See `Workload`."""
+        corpus, padding = self.train_corpus, self.padding(ctx.device)
+        weights = self.weights(corpus)
+        total = int(weights.sum())
+        meter = Meter(ctx)
+        for numbers in ctx.batches(in_order_of_length(corpus, ctx.settings.batch_size)):
+            loss = self.summed_loss(model, self.make_batch(corpus, numbers, padding))
+            torch.autograd.backward(loss / total)
+            meter.add(loss, int(weights[numbers].sum()))
+            ctx.log(loss=meter.loss)
+        ctx.num_examples = total
+
+    def _step(self, optimizer: torch.optim.Optimizer, precision: Precision, max_norm: float) -> None:
+        precision.scaler.unscale_(optimizer)
+        if max_norm:
+            trained = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(trained, max_norm)
+        precision.scaler.step(optimizer)
+        precision.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    def _paths(self, files: Files) -> list[Path]:
+        return [self.site.directory / name for name in ([files] if isinstance(files, str) else files)]
+
+
+def numbers_of(batches: Sequence[Numbers]) -> list[int]:
+    """The examples of several batches."""
+    return [int(number) for numbers in batches for number in numbers]
