@@ -5,21 +5,23 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from examples.llm.plays import TEST_PASSAGES
+from examples.llm.plays import PLAYS, TEST_PASSAGES
 
-SITES = 3
+SITES = len(PLAYS)
 ALONE = SITES + 1
 """Trainings without a server: each site alone, and the pooled passages."""
 BATCH = 4
 FORWARD = 0.45
-"""A forward pass, in steps."""
+"""What a forward pass costs, in steps."""
 SAMPLE = 1.5
-"""A sample of 32 tokens, in steps."""
+"""What a sample of 32 tokens costs, in steps."""
 OVERHEAD = 15.0
-"""Seconds for everything else: the server, four rounds, the plot."""
+"""Seconds for everything else: the server, the rounds' ends, the plot."""
 PRUDENCE = 1.2
 """Times vary by as much from one minute to the next."""
-LEAST = 3
+ROUNDS = (4, 3, 2)
+"""So many, if there is time for them."""
+LEAST = 4
 """Fewer steps in a round teach nothing."""
 
 
@@ -35,10 +37,26 @@ class Machine:
     """Trainers at a time."""
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How much is trained."""
+
+    rounds: int
+    steps: int
+    """Of each site in each round."""
+
+
+def plan(machine: Machine, seconds: float) -> Plan:
+    """As much training as fits: about so many seconds for the whole demo, or a little more on a slow machine."""
+    plans = [Plan(rounds, steps_in_round(machine, rounds, seconds)) for rounds in ROUNDS]
+    return next((p for p in plans if p.steps >= LEAST), Plan(ROUNDS[-1], LEAST))
+
+
 def steps_in_round(machine: Machine, rounds: int, seconds: float) -> int:
-    """Steps of each site in each round, so that the whole demo takes about so many seconds."""
+    """Steps of each site in each round for which there is time; may be below 1."""
     measuring = SITES * TEST_PASSAGES / BATCH * FORWARD
-    fixed = (rounds + 1) * (measuring + SAMPLE) + ALONE * 2 * measuring
+    # Each training alone measures what it begins with, too.
+    fixed = (rounds + 1) * (measuring + SAMPLE) + 2 * ALONE * measuring
     left = seconds / PRUDENCE - OVERHEAD - machine.start * (1 + (SITES + ALONE) / machine.lanes)
     affordable = left * machine.lanes / machine.step - fixed
-    return max(LEAST, math.floor(affordable / (rounds * (SITES + ALONE))))
+    return math.floor(affordable / (rounds * (SITES + ALONE)))

@@ -1,6 +1,6 @@
 """The demo: three sites with one kind of Shakespeare's plays each fine-tune one language model by LoRA.
 
-    python -m examples.llm.demo [--seconds 300] [--rounds 4] [--steps N] [DIRECTORY]
+    python -m examples.llm.demo [--seconds 320] [--rounds N --steps N] [DIRECTORY]
 
 Starts one `fedserver serve` and three `fedclient start` as processes of their own. What trains is the built-in
 `causal_lm`, by site.toml alone. The demo measures how long a step takes, chooses how many there is time for, runs the
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import resource
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from examples import federation
-from examples.llm.budget import ALONE, Machine, steps_in_round
+from examples.llm.budget import ALONE, BATCH, Machine, Plan, plan
 from examples.llm.report import Comparison, report
 from examples.llm.sites import SITES, Sites, cores, threads
 
@@ -28,40 +29,40 @@ INIT = "adapter-init"
 PROBE_STEPS = 3
 
 
-def main(root: Path, seconds: float, rounds: int, steps: int) -> None:
+def main(root: Path, seconds: float, wanted: Plan | None) -> None:
     """Run the demo in `root`, which is emptied first, but for the plays and the model.
 
     Args:
         root: where everything goes.
         seconds: how long it may take, about.
-        rounds: of the federation.
-        steps: of each site in each round; 0: as many as there is time for.
+        wanted: how much is trained; None: as much as there is time for.
     """
     sites = Sites(root)
     sites.prepare()
-    started = time.monotonic()
+    started, spent = time.monotonic(), cpu_seconds()
     with contextlib.ExitStack() as processes:
         server = sites.start_server(processes)
         machine = measure(sites)
-        steps = steps or steps_in_round(machine, rounds, seconds)
+        chosen = wanted or plan(machine, seconds)
         print(
-            f"a step of 4 passages takes {machine.step:.2f} s with {machine.lanes} trainers at a time: "
-            f"{rounds} rounds of {steps} steps at each site"
+            f"a step of {BATCH} passages takes {machine.step:.2f} s with {machine.lanes} trainers at a time: "
+            f"{chosen.rounds} rounds of {chosen.steps} steps at each site"
         )
         sites.operate(["model", "import", str(root / INIT)])
         sites.start(processes, server, threads(len(SITES)))
-        sites.operate(["run", "create", str(sites.run_file(RUN, rounds, steps, samples=1)), "--follow"])
+        sites.operate(["run", "create", str(sites.run_file(RUN, chosen.rounds, chosen.steps, samples=1)), "--follow"])
         events = list(sites.events(RUN))
         sites.operate(["model", "export", RUN, str(root / "model")])
-    alone = train_alone(sites, steps * rounds)
+    alone = train_alone(sites, chosen.rounds * chosen.steps)
     comparison = Comparison(
         versions=[event["data"] for event in events if event["kind"] == "version_evaluated"],
         rounds=[event["data"] for event in events if event["kind"] == "round_committed"],
         alone={name: perplexity(versions) for name, versions in alone.items()},
         samples=sites.samples(),
-        steps=steps,
+        steps=chosen.steps,
         step_seconds=machine.step,
         seconds=time.monotonic() - started,
+        cpu_seconds=cpu_seconds() - spent,
     )
     report(root, comparison)
 
@@ -107,20 +108,30 @@ def perplexity(versions: list[dict[str, Any]]) -> float:
     return float(versions[-1]["evaluation"]["perplexity"])
 
 
+def cpu_seconds() -> float:
+    """What every process that this one has started, and waited for, has computed."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Federated LoRA fine-tuning of a language model.")
     parser.add_argument("directory", nargs="?", default=".demo/llm", type=Path)
-    parser.add_argument("--seconds", type=float, default=300, help="how long it may take, about")
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=0, help="of each site in each round; 0: what there is time for")
-    return parser.parse_args()
+    parser.add_argument("--seconds", type=float, default=320, help="how long it may take, about")
+    parser.add_argument("--rounds", type=int, help="instead of as many as there is time for")
+    parser.add_argument("--steps", type=int, help="of each site in each round; belongs to --rounds")
+    found = parser.parse_args()
+    if (found.rounds is None) != (found.steps is None):
+        parser.error("give both of --rounds and --steps, or none")
+    return found
 
 
 if __name__ == "__main__":
     given = arguments()
     try:
-        main(given.directory.resolve(), given.seconds, given.rounds, given.steps)
+        wanted = Plan(given.rounds, given.steps) if given.rounds else None
+        main(given.directory.resolve(), given.seconds, wanted)
     except KeyboardInterrupt:
         sys.exit("interrupted; every process it started has been told to stop")
     except RuntimeError as e:

@@ -73,7 +73,7 @@ PASSAGE = 190
 LONGEST_NAME = 30
 HELD_OUT = 0.2
 """Share of each play, its end, that nobody trains on."""
-TEST_PASSAGES = 16
+TEST_PASSAGES = 12
 """Passages to test on at each site, drawn from what is held out."""
 
 

@@ -33,6 +33,8 @@ class Comparison:
     """Of each site in each round."""
     step_seconds: float
     seconds: float
+    cpu_seconds: float
+    """Of all processes."""
 
     @property
     def federated(self) -> list[float]:
@@ -73,12 +75,16 @@ def report(root: Path, found: Comparison) -> None:
         "step_seconds": round(found.step_seconds, 2),
         "perplexity_before": round(found.federated[0], 3),
         "perplexity_federated": round(found.federated[-1], 3),
+        "perplexity_per_site": {
+            name: round(site["metrics"]["perplexity"], 3) for name, site in found.versions[-1]["clients"].items()
+        },
         "perplexity_local": round(statistics.mean(found.local.values()), 3),
         "perplexity_local_per_site": {name: round(value, 3) for name, value in found.local.items()},
         "perplexity_pooled": round(found.alone["pooled"], 3),
         "bytes_per_round": found.bytes_per_round,
         "bytes_per_round_full_model": full,
         "seconds": round(found.seconds, 1),
+        "cpu_seconds": round(found.cpu_seconds, 1),
         "adapter_path": str(adapter),
         "plot_path": str(plot),
     }
