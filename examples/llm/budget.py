@@ -13,7 +13,7 @@ ALONE = SITES + 1
 BATCH = 4
 FORWARD = 0.45
 """What a forward pass costs, in steps."""
-SAMPLE = 1.5
+SAMPLE = 1.0
 """What a sample of 32 tokens costs, in steps."""
 OVERHEAD = 15.0
 """Seconds for everything else: the server, the rounds' ends, the plot."""
