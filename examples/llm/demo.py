@@ -1,6 +1,6 @@
 """The demo: three sites with one kind of Shakespeare's plays each fine-tune one language model by LoRA.
 
-    python -m examples.llm.demo [--seconds 320] [--rounds N --steps N] [DIRECTORY]
+    python -m examples.llm.demo [--seconds 300] [--rounds N --steps N] [DIRECTORY]
 
 Starts one `fedserver serve` and three `fedclient start` as processes of their own. What trains is the built-in
 `causal_lm`, by site.toml alone. The demo measures how long a step takes, chooses how many there is time for, runs the
@@ -118,7 +118,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Federated LoRA fine-tuning of a language model.")
     parser.add_argument("directory", nargs="?", default=".demo/llm", type=Path)
-    parser.add_argument("--seconds", type=float, default=320, help="how long it may take, about")
+    parser.add_argument("--seconds", type=float, default=300, help="how long it may take, about")
     parser.add_argument("--rounds", type=int, help="instead of as many as there is time for")
     parser.add_argument("--steps", type=int, help="of each site in each round; belongs to --rounds")
     found = parser.parse_args()
