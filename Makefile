@@ -30,10 +30,13 @@ $(STAMP): pyproject.toml deploy/constraints.txt
 	@touch $@
 
 demo: $(STAMP) ## Four hospitals train one model: server, four daemons, comparison, plot
-	@$(BIN)/python examples/heart/demo.py .demo/heart
+	@$(BIN)/python -m examples.heart.demo .demo/heart
+
+demo-llm: $(STAMP) ## Three sites fine-tune a language model by LoRA: samples, comparison, plot (SECONDS=300)
+	@$(BIN)/python -m examples.llm.demo $(if $(SECONDS),--seconds $(SECONDS)) .demo/llm
 
 reproduce-heart: $(STAMP) ## FLamby's accuracies on Fed-Heart-Disease, beside its own (a minute or two)
-	@$(BIN)/python examples/heart/reproduce.py .demo/reproduce
+	@$(BIN)/python -m examples.heart.reproduce .demo/reproduce
 
 demo-compose: $(DEMO_STAMP) ## The same in containers, docker or podman (KILL=1: the server and a site are killed)
 	@$(dir $(DEMO_STAMP))bin/python deploy/demo_compose.py .demo/compose $(if $(KILL),--kill)
@@ -114,4 +117,4 @@ constraints: ## Pin what .venv holds now
 clean: ## Remove what the demo and the tools wrote, not .venv
 	@rm -rf .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
-.PHONY: help install demo demo-compose reproduce-heart test test-slow test-gpu fault bench bench-smoke bench-round check check-protos protos generate baseline format constraints clean
+.PHONY: help install demo demo-llm demo-compose reproduce-heart test test-slow fault bench bench-smoke bench-round check check-protos protos generate baseline format constraints clean test-gpu
