@@ -125,7 +125,9 @@ class TorchState:
         tensor = self._current(spec)
         changes = spec.is_delta and write is not Write.WEIGHTS
         if changes and write is Write.GRADIENT:
-            found = tensor.grad if gradient is None else gradient.get(spec.name)
+            found = (
+                tensor.grad if gradient is None else gradient.get(spec.name, gradient.get(self._own_name(spec.name)))
+            )
             tensor = torch.zeros(()).expand(spec.shape) if found is None else found
             check_gradient(spec, tensor.shape)
         wide = torch.float64 if spec.dtype == "F64" else torch.float32
@@ -139,6 +141,10 @@ class TorchState:
                     part = torch.sub(part, _decode(start(first, count), spec.dtype).to(wide), out=buffer[:count])
                 part = part.to(TORCH_DTYPES[dtype])
             yield _encode(part)
+
+    def _own_name(self, name: str) -> str:
+        """What `state_dict` calls a tensor that travels under another name."""
+        return next((own for own, travelling in self._names.items() if travelling == name), name)
 
     def evaluating(self) -> AbstractContextManager[object]:
         """See `State`: no gradients are tracked."""

@@ -187,7 +187,11 @@ class Worker:
         """Checkpoints that are good for nothing but this very job, on this data, by this code's versions."""
         table = job.to_json()
         own = ("settings", "seed", "client", "run", "round", "rounds", "version", "model_key", "max_steps")
-        owner = {name: table[name] for name in own} | self._start.to_json() | {"device": "", "versions": _versions()}
+        # Where the state directory lies is no matter; what an older release did not know is not said if it is not set.
+        start = {name: value for name, value in self._start.to_json().items() if name != "kept"}
+        news = {name for name, value in {"rounds": job.rounds, "options": start["options"]}.items() if not value}
+        owner = {name: table[name] for name in own} | start | {"device": "", "versions": _versions()}
+        owner = {name: value for name, value in owner.items() if name not in news}
         return Checkpoints(
             directory,
             owner=json.dumps(owner, sort_keys=True),

@@ -19,7 +19,8 @@ def over(open_tasks: Iterable[TaskState], now: float, deadline: float) -> bool:
 def weighted_means(results: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, float]:
     """The mean of each metric over the sites that report it, weighted by their test examples.
 
-    That of perplexities is the exponential of the mean loss, which is the perplexity over all sites' tokens.
+    That of perplexities is the exponential of the mean loss, which is the perplexity over all sites' tokens. A mean
+    that is no finite number is left out.
 
     Args:
         results: number of test examples and metrics of each site.
@@ -29,15 +30,20 @@ def weighted_means(results: Sequence[tuple[int, Mapping[str, float]]]) -> dict[s
     for name in names:
         having = [(n, metrics[name]) for n, metrics in results if name in metrics and n > 0]
         total = sum(n for n, _ in having)
-        if total:
-            means[name] = _mean(name, having, total)
+        mean = _mean(name, having, total) if total else math.nan
+        if math.isfinite(mean):
+            means[name] = mean
     return means
 
 
 def _mean(name: str, having: Sequence[tuple[int, float]], total: int) -> float:
-    if name == PERPLEXITY and all(value > 0 for _, value in having):
-        return math.exp(math.fsum(n * math.log(value) for n, value in having) / total)
-    return math.fsum(n * value for n, value in having) / total
+    """A weighted mean; NaN if a sum is too large for a float, for no value that a site sends may end a run."""
+    try:
+        if name == PERPLEXITY and all(value > 0 for _, value in having):
+            return math.exp(math.fsum(n * math.log(value) for n, value in having) / total)
+        return math.fsum(n * value for n, value in having) / total
+    except (OverflowError, ValueError):
+        return math.nan
 
 
 def is_better(value: float, best: float | None, goal: str) -> bool:

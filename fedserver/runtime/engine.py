@@ -249,7 +249,7 @@ class Engine:
         tasks = self._parts.board.all()
         # With a disk that refuses uploads nobody knows when they go on.
         sending = not self._parts.disk.trouble
-        uploads = {t.client for t in tasks if t.check or (sending and t.sending and t.state is TaskState.RUNNING)}
+        uploads = {t.client for t in tasks if t.check or (sending and _sends_its_result(t))}
         uploads |= {name for writer in self.writers for name in writer()}
         aggregations = [d.row.name for d in self._drivers.values() if d.aggregating]
         return UnderWay(tuple(sorted(uploads)), tuple(sorted(aggregations)))
@@ -288,6 +288,11 @@ class Engine:
             # What the disk refuses, it has logged itself, once.
             if not is_disk(e):
                 self._log.exception("tick failed")
+
+
+def _sends_its_result(task: OpenTask) -> bool:
+    """Whether a site sends a finished update: one that computes may have sent the first parts of it."""
+    return task.sending and task.state is TaskState.RUNNING and task.activity in ("", "uploading")
 
 
 def _parse_spec(spec_json: str) -> RunSpec:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 
@@ -19,3 +20,11 @@ def test_the_mean_perplexity_is_that_over_all_tokens() -> None:
 def test_a_site_without_examples_or_without_the_metric_does_not_count() -> None:
     results = [(10, {"accuracy": 0.5}), (0, {"accuracy": 1.0}), (90, {"perplexity": 7.0})]
     assert weighted_means(results) == {"accuracy": 0.5, "perplexity": pytest.approx(7.0)}
+
+
+@pytest.mark.parametrize("n", [1, 47, 1 << 53])
+@pytest.mark.parametrize("value", [sys.float_info.max, -sys.float_info.max, 5e-324, 0.0])
+def test_no_number_that_a_site_may_send_ends_a_run(n: int, value: float) -> None:
+    for results in ([(n, value)], [(n, value), (n, value)], [(n, value), (1, -value)]):
+        means = weighted_means([(examples, {"perplexity": v, "loss": v}) for examples, v in results])
+        assert all(math.isfinite(mean) for mean in means.values())

@@ -199,6 +199,11 @@ def classified(rows: list[dict[str, Any]], size: int = 99, **options: Any) -> Co
     )
 
 
+def test_a_label_that_is_called_by_a_number_may_be_written_as_one():
+    stars = {"1": 0, "2": 1, "3": 2}
+    assert [class_number(value, stars) for value in ("1", 1, "3", 3)] == [0, 0, 2, 2]
+
+
 def test_labels_by_name_and_by_number():
     rows = [{"text": "good film", "label": label} for label in ("pos", 0, "1")]
     found = classified(rows)

@@ -58,7 +58,7 @@ class CausalLm(FineTuning):
         source = CausalSource(self.options, self.tokenizer)
         packing = not source.masked if self.options.packing is None else self.options.packing
         return causal_corpus(
-            located(files, source.columns),
+            located(files, source.columns, self.alive),
             source,
             self.tokenizer,
             max_length=self.max_length,
@@ -84,6 +84,7 @@ class CausalLm(FineTuning):
     def evaluate(self, model: Any, ctx: Context) -> Mapping[str, float]:
         """Mean loss over all tokens to predict, and its exponential; samples, if the run asks for them."""
         settings: CausalSettings = ctx.settings
+        self._job = ctx
         corpus, total, count = self.test_corpus, 0.0, 0
         precision = Precision(self.precision.autocast, ctx.device)
         if corpus is not None:

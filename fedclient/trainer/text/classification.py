@@ -80,7 +80,7 @@ class SequenceClassification(FineTuning):
         numbers = {name: number for number, name in enumerate(self.labels)}
         self.tokenizer.truncation_side = options.truncation
         return labelled_corpus(
-            located(files, (*source.columns, options.label, *filter(None, [options.pair]))),
+            located(files, (*source.columns, options.label, *filter(None, [options.pair])), self.alive),
             source,
             self.tokenizer,
             pair=options.pair,
@@ -112,6 +112,7 @@ class SequenceClassification(FineTuning):
     def evaluate(self, model: Any, ctx: Context) -> Mapping[str, float]:
         """Loss, accuracy, macro-F1 and what else the run asks for."""
         settings: ClassificationSettings = ctx.settings
+        self._job = ctx
         corpus = self.test_corpus
         ctx.num_examples = 0
         if settings.metrics:

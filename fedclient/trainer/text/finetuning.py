@@ -99,6 +99,16 @@ class FineTuning(Workload):
             site.directory / str(table.get("model", "")), trust_remote_code=bool(table.get("trust_remote_code"))
         )
         self._adapter_file = b""
+        self._job: Context | None = None
+
+    def alive(self) -> None:
+        """Say that the job under way goes on: data may take long to read.
+
+        Raises:
+            CancelledJob: it shall not.
+        """
+        if self._job is not None:
+            self._job.alive()
 
     @property
     @abstractmethod
@@ -210,6 +220,7 @@ class FineTuning(Workload):
     def train(self, model: Any, ctx: Context) -> None:
         """See `Workload`."""
         settings: FineTuningSettings = ctx.settings
+        self._job = ctx
         corpus, padding = self.train_corpus, self.padding(ctx.device)
         precision, weights = Precision(self.precision.autocast, ctx.device), self.weights(corpus)
         optimizer = optimizers.make_optimizer(model, settings)
@@ -243,6 +254,7 @@ class FineTuning(Workload):
 
     def gradient(self, model: Any, ctx: Context) -> None:
         """See `Workload`."""
+        self._job = ctx
         corpus, padding = self.train_corpus, self.padding(ctx.device)
         weights = self.weights(corpus)
         total = int(weights.sum())

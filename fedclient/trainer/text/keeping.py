@@ -68,8 +68,9 @@ class KeptOptimizer:
         try:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             parts = {_PART: flatten(optimizer.state_dict(), "the optimizer's state")}
-            write_parts(path, _owner(optimizer), parts, alive=self._ctx.alive)
             self._tidy(path)
+            # The update is written next, and is what the round is for.
+            write_parts(path, _owner(optimizer), parts, spare=_update_bytes(optimizer), alive=self._ctx.alive)
         except (OSError, CannotHoldError) as e:
             self._ctx.note(f"the optimizer's state could not be kept: {e}")
 
@@ -86,6 +87,11 @@ class KeptOptimizer:
             return {}
         found = self._directory.glob(f"{self._run}-*.safetensors")
         return {int(path.stem.rpartition("-")[2]): path for path in found}
+
+
+def _update_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """The most that an update takes of what an optimizer moves."""
+    return sum(8 * p.numel() for group in optimizer.param_groups for p in group["params"])
 
 
 def _owner(optimizer: torch.optim.Optimizer) -> str:

@@ -20,14 +20,23 @@ Located = tuple[str, Row]
 """Where a row lies, and the row."""
 
 
-def located(files: Iterable[Path], columns: Sequence[str]) -> Iterator[Located]:
+def located(
+    files: Iterable[Path], columns: Sequence[str], alive: Callable[[], None] = lambda: None
+) -> Iterator[Located]:
     """The rows of several files.
+
+    Args:
+        files: in the order in which they are read.
+        columns: what of them is needed.
+        alive: called now and then; raises to stop.
 
     Raises:
         DataError: as `read_rows`.
     """
     for path in files:
         for number, row in enumerate(read_rows(path, columns), 1):
+            if number % _CHUNK == 0:
+                alive()
             yield f"{path}, row {number}", row
 
 
@@ -118,8 +127,10 @@ def class_number(value: Any, names: Mapping[str, int]) -> int:
     Raises:
         DataError: there is no such label.
     """
-    if isinstance(value, str) and value in names:
-        return names[value]
+    # A label that is called "1" may be written as a number.
+    name = value if isinstance(value, str) else str(value)
+    if name in names and not isinstance(value, bool):
+        return names[name]
     number = int(value) if isinstance(value, int) or (isinstance(value, str) and value.isdecimal()) else -1
     if not 0 <= number < len(names):
         raise DataError(f"its label is neither one of the {len(names)} labels nor the number of one, from 0")
