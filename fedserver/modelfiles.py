@@ -1,46 +1,44 @@
-"""Models as people have them on disk, to and from the canonical layout. Runs in the command line, not in the server."""
+"""Models as people have them on disk, into the canonical layout. Runs in the command line, not in the server."""
 
 from __future__ import annotations
 
-import asyncio
 import json
-import shutil
-import tempfile
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
 
+from fedlink.base import BaseTensor, read_base
+from fedlink.bulk import hash_file
+from fedlink.companions import (
+    ADAPTER_WEIGHTS,
+    INDEX_NAME,
+    MAX_COMPANION_BYTES,
+    MAX_COMPANIONS,
+    MODEL_WEIGHTS,
+    is_companion,
+)
 from fedlink.errors import FedlinkError, Reason
 from fedlink.manifest import FileEntry, Manifest, TensorEntry, manifest_of_files
 from fedlink.tensors import (
     FILE_NAME,
-    METADATA_KEY,
     Header,
     Kind,
     Role,
-    ShardWriter,
     TensorError,
     TensorSpec,
     apply_metadata,
     canonical_shards,
     check_spec,
     read_header,
-    roles_metadata,
     shard_name,
     windows,
 )
 from fedserver.aggregation.files import WINDOW_BYTES, NamingWriter, ShardReader, naming_a_full_disk
 from fedserver.aggregation.numbers import Raw, sound
 from fedserver.aggregation.pipeline import WrittenFile
-
-Fetch = Callable[[FileEntry, Path], Awaitable[None]]
-"""Brings one file of a manifest, verified by its digest, to a path that does not exist yet."""
-
-INDEX_NAME = "model.safetensors.index.json"
-"""What Hugging Face calls the index of a sharded model."""
 
 _MAX_INDEX_BYTES = 32 << 20
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -52,17 +50,31 @@ class ConvertedModel:
 
     manifest: Manifest
     files: tuple[WrittenFile, ...]
-    """In the order of `manifest.files`."""
+    """In the order of `manifest.everything`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The safetensors files of a model on disk, and what they hold."""
+
+    paths: Sequence[Path]
+    tensors: Mapping[str, TensorEntry]
+    """Every tensor by name, and where it lies in `paths`."""
+    aliases: Mapping[str, str]
+    """Tied names."""
+    base: tuple[BaseTensor, ...]
+    """The frozen base that it stands on."""
 
 
 def convert(source: Path, out_dir: Path, *, buffers: Sequence[str] = (), frozen: Sequence[str] = ()) -> ConvertedModel:
     """Re-shard a model from safetensors files to the canonical layout. Blocking; streams in windows.
 
-    Roles and tied names come from the files' metadata (as `export` and `fedclient init-model` write it);
-    patterns override them.
+    Roles, tied names and a frozen base come from the files' metadata (as `fedserver model export` and
+    `fedclient init-model` write it); patterns override the roles. Of a directory the config, tokenizer and adapter
+    files are taken along.
 
     Args:
-        source: a .safetensors file, or a directory with one, or with shards and their index.
+        source: a .safetensors file, or a directory with one, or with shards and their index, or with peft's adapter.
         out_dir: an empty directory for the shards.
         buffers: shell patterns (`*.running_mean`) of tensors that are buffers.
         frozen: shell patterns of tensors that never change; stronger than `buffers`.
@@ -73,20 +85,71 @@ def convert(source: Path, out_dir: Path, *, buffers: Sequence[str] = (), frozen:
             holds NaN or Inf.
         OSError: a file cannot be read or written.
     """
-    paths, weight_map = _find(source)
+    weights = read_weights(source)
     try:
-        tensors, aliases = _read_headers(paths, weight_map)
-        roles = _roles([t.spec for t in tensors.values()], buffers, frozen)
-        specs = [replace(t.spec, role=roles[name]) for name, t in tensors.items()]
+        roles = _roles([t.spec for t in weights.tensors.values()], buffers, frozen)
+        specs = [replace(t.spec, role=roles[name]) for name, t in weights.tensors.items()]
         for spec in specs:
             check_spec(spec)
         with naming_a_full_disk(out_dir):
-            shards = _write_shards(paths, tensors, canonical_shards(specs), out_dir)
+            shards = _write_shards(weights.paths, weights.tensors, canonical_shards(specs), out_dir)
     except TensorError as e:
-        tensor = {"tensor": e.tensor} if e.tensor else None
-        raise FedlinkError(Reason.BAD_MANIFEST, f"{source}: {e}", metadata=tensor) from None
-    manifest = manifest_of_files(Kind.MODEL, [(file.entry, header) for file, header in shards], roles, aliases)
-    return ConvertedModel(manifest, tuple(file for file, _ in shards))
+        raise _malformed(source, e) from None
+    beside = [_named(path) for path in companions_in(source)]
+    manifest = manifest_of_files(
+        Kind.MODEL,
+        [(file.entry, header) for file, header in shards],
+        roles,
+        weights.aliases,
+        base=weights.base,
+        companions=[file.entry for file in beside],
+    )
+    return ConvertedModel(manifest, (*(file for file, _ in shards), *beside))
+
+
+def read_weights(source: Path) -> Weights:
+    """Read the headers of a model's files. Blocking.
+
+    Args:
+        source: as for `convert`.
+
+    Raises:
+        FedlinkError: BAD_CONFIG, BAD_MANIFEST, as for `convert`.
+    """
+    paths, weight_map = _find(source)
+    try:
+        return _read_headers(paths, weight_map)
+    except TensorError as e:
+        raise _malformed(source, e) from None
+
+
+def companions_in(source: Path) -> list[Path]:
+    """The files beside a model's weights that travel with it; of a single file none.
+
+    Raises:
+        FedlinkError: BAD_CONFIG: too many, or too large.
+    """
+    if not source.is_dir():
+        return []
+    found = sorted(p for p in source.iterdir() if is_companion(p.name) and p.is_file())
+    size = sum(p.stat().st_size for p in found)
+    if len(found) > MAX_COMPANIONS or size > MAX_COMPANION_BYTES:
+        raise FedlinkError(
+            Reason.BAD_CONFIG,
+            f"{source} has {len(found)} config and tokenizer files of {size} bytes; at most {MAX_COMPANIONS} of "
+            f"{MAX_COMPANION_BYTES} bytes together travel with a model; move those away that it does not need",
+        )
+    return found
+
+
+def _named(path: Path) -> WrittenFile:
+    ref, chunk_digests = hash_file(path)
+    return WrittenFile(FileEntry(path.name, ref), path, chunk_digests)
+
+
+def _malformed(source: Path, error: TensorError) -> FedlinkError:
+    tensor = {"tensor": error.tensor} if error.tensor else None
+    return FedlinkError(Reason.BAD_MANIFEST, f"{source}: {error}", metadata=tensor)
 
 
 def _find(source: Path) -> tuple[list[Path], Mapping[str, str]]:
@@ -100,8 +163,9 @@ def _find(source: Path) -> tuple[list[Path], Mapping[str, str]]:
     if (source / INDEX_NAME).is_file():
         return _indexed(source / INDEX_NAME)
     found = sorted(source.glob("*.safetensors"))
-    if source / "model.safetensors" in found:
-        found = [source / "model.safetensors"]
+    for name in (ADAPTER_WEIGHTS, MODEL_WEIGHTS):
+        if source / name in found:
+            found = [source / name]
     if len(found) == 1:
         return found, {}
     if found:
@@ -138,14 +202,14 @@ def _indexed(index: Path) -> tuple[list[Path], Mapping[str, str]]:
     return [index.parent / name for name in names], weight_map
 
 
-def _read_headers(
-    paths: Sequence[Path], weight_map: Mapping[str, str]
-) -> tuple[dict[str, TensorEntry], dict[str, str]]:
-    """Every tensor by name and where it lies, and the tied names."""
+def _read_headers(paths: Sequence[Path], weight_map: Mapping[str, str]) -> Weights:
     tensors: dict[str, TensorEntry] = {}
     aliases: dict[str, str] = {}
+    base: tuple[BaseTensor, ...] = ()
     for index, path in enumerate(paths):
-        stored, tied = apply_metadata(read_header(path))
+        header = read_header(path)
+        stored, tied = apply_metadata(header)
+        base = base or read_base(header)
         for item in stored:
             if item.spec.name in tensors:
                 raise TensorError(f"tensor {item.spec.name!r} is in two files", item.spec.name)
@@ -156,7 +220,7 @@ def _read_headers(
             raise TensorError(f"the index says that tensor {name!r} is in {file}, where it is not", name)
     if not tensors:
         raise TensorError("there is no tensor in it")
-    return tensors, aliases
+    return Weights(paths, tensors, aliases, base)
 
 
 def _roles(specs: Iterable[TensorSpec], buffers: Sequence[str], frozen: Sequence[str]) -> dict[str, Role]:
@@ -206,78 +270,3 @@ def _check_sound(spec: TensorSpec, window: Raw) -> None:
             f"tensor {spec.name!r} holds {what} and so cannot take part in training; make it frozen or repair it",
             metadata={"tensor": spec.name},
         )
-
-
-async def export(manifest: Manifest, fetch: Fetch, target: Path) -> list[Path]:
-    """Write a model as Hugging Face names it: model.safetensors, or shards and model.safetensors.index.json.
-
-    Roles and tied names go to the headers' metadata, so that `convert` reads back the same model; a tied
-    tensor is stored once, as `safetensors.torch.load_model` and transformers expect.
-
-    Args:
-        manifest: the model.
-        fetch: brings each shard.
-        target: the directory; created if it does not exist. Files appear in it when all are complete.
-
-    Returns:
-        The files written, the index last.
-
-    Raises:
-        FedlinkError: BAD_CONFIG if the directory holds a model already; BAD_MANIFEST if a shard is not what the
-            manifest says; whatever `fetch` raises.
-        OSError: a file cannot be written.
-    """
-    with naming_a_full_disk(target):
-        work = await asyncio.to_thread(_begin, target)
-        try:
-            for index, entry in enumerate(manifest.files):
-                fetched = work / "fetched"
-                await fetch(entry, fetched)
-                await asyncio.to_thread(_rewrite, manifest, index, fetched, work)
-            return await asyncio.to_thread(_publish, manifest, work, target)
-        finally:
-            await asyncio.to_thread(shutil.rmtree, work)
-
-
-def _begin(target: Path) -> Path:
-    if any(target.glob("*.safetensors*")):
-        raise FedlinkError(Reason.BAD_CONFIG, f"{target} holds a model already; name another directory")
-    target.mkdir(parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix=".export-", dir=target))
-
-
-def _rewrite(manifest: Manifest, index: int, fetched: Path, work: Path) -> None:
-    """Copy one shard under a header that also says roles and tied names; remove what was fetched."""
-    try:
-        manifest.check_header(index, read_header(fetched))
-    except TensorError as e:
-        raise FedlinkError(Reason.BAD_MANIFEST, str(e)) from None
-    entries = manifest.in_file(index)
-    names = {t.spec.name for t in entries}
-    aliases = {alias: kept for alias, kept in manifest.aliases.items() if kept in names}
-    # safetensors' own way to say it is one key for each tied name; two names are taken.
-    metadata = {k: v for k, v in aliases.items() if k not in ("format", METADATA_KEY)}
-    metadata |= roles_metadata((t.spec for t in entries), aliases)
-    raw = np.empty(WINDOW_BYTES, np.uint8)
-    path = work / shard_name(index, len(manifest.files))
-    with ShardReader() as reader, ShardWriter(path, [t.spec for t in entries], metadata) as out:
-        for entry in entries:
-            lone = replace(entry, file=0)
-            for start, length in windows(entry.spec.nbytes, WINDOW_BYTES):
-                reader.read([fetched], lone, start, raw[:length].data)
-                out.write(entry.spec.name, raw[:length].data, start)
-    fetched.unlink()
-
-
-def _publish(manifest: Manifest, work: Path, target: Path) -> list[Path]:
-    """Write the index where one is needed, then move everything to its place."""
-    count = len(manifest.files)
-    names = [shard_name(i, count) for i in range(count)]
-    if count > 1:
-        index = {
-            "metadata": {"total_size": sum(t.spec.nbytes for t in manifest.tensors)},
-            "weight_map": {t.spec.name: names[t.file] for t in sorted(manifest.tensors, key=lambda t: t.spec.name)},
-        }
-        (work / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
-        names.append(INDEX_NAME)
-    return [(work / name).replace(target / name) for name in names]

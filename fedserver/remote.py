@@ -186,14 +186,16 @@ class Admin:
             await upload_file(self._channel, file, blob, chunks, purpose, metadata=tuple, on_progress=tell, retry=_FEW)
             done += blob.size
 
-    async def export_model(self, name: str, target: Path, *, progress: OnProgress) -> tuple[pb.Model, list[Path]]:
-        """Fetch a model from the server and write it as Hugging Face names it.
+    async def export_model(
+        self, name: str, target: Path, *, merge_into: Path | None = None, progress: OnProgress
+    ) -> tuple[pb.Model, list[Path]]:
+        """Fetch a model from the server and write it as its users' tools load it; see `modelexport.export`.
 
         Raises:
             FedlinkError: what the server answers, or the directory holds a model already.
         """
         from fedlink.manifest import Manifest, ref_from_pb  # noqa: PLC0415 - as for `import_model`
-        from fedserver import modelfiles  # noqa: PLC0415
+        from fedserver import modelexport  # noqa: PLC0415
 
         model: pb.Model = (await self.call(self.stub.GetModel, pb.GetModelRequest(name=name))).model
         with tempfile.TemporaryDirectory(prefix="fedlink-export-") as scratch:
@@ -204,7 +206,7 @@ class Admin:
             with self._named():
                 await download_blob(self._channel, ref, path, task_token=b"", metadata=tuple, retry=_FEW)
             manifest = Manifest.parse(await asyncio.to_thread(path.read_bytes))
-        done = 0
+        done, total = 0, sum(f.blob.size for f in manifest.everything)
 
         async def fetch(entry: FileEntry, to: Path) -> None:
             nonlocal done
@@ -216,12 +218,12 @@ class Admin:
                     to,
                     task_token=b"",
                     metadata=tuple,
-                    on_progress=lambda at, _: progress(before + at, manifest.total_size),
+                    on_progress=lambda at, _: progress(before + at, total),
                     retry=_FEW,
                 )
             done += entry.blob.size
 
-        return model, await modelfiles.export(manifest, fetch, target)
+        return model, await modelexport.export(manifest, fetch, target, merge_into=merge_into)
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:

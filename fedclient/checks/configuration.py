@@ -50,7 +50,13 @@ def _workload(visit: Examination, name: str) -> list[Finding]:
     if not python.is_file() or not os.access(python, os.X_OK):
         advice = f"Set python in [workload.{name}] to an interpreter, or leave it out for the daemon's own."
         return [failed(f"workload {name}: {python} is no program", advice)]
-    trainer = visit.site.workload[name].trainer
+    settings = visit.site.workload[name]
+    if settings.model and not (model := visit.site.directory / settings.model).is_dir():
+        advice = f"Put the model there, or correct model in [workload.{name}]."
+        return [failed(f"workload {name}: there is no directory {model}", advice)]
+    if settings.built_in:
+        return []
+    trainer = settings.trainer
     module = trainer.partition(":")[0].partition(".")[0]
     beside = visit.site.directory / module
     if beside.is_dir() or beside.with_suffix(".py").is_file():

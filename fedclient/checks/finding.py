@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 
 class Outcome(enum.StrEnum):
@@ -27,6 +28,8 @@ class Finding:
     found: str
     advice: str = ""
     """What to do; empty if there is nothing to do."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """What a program may want to know besides, for --json; counts by label may be among it."""
 
 
 def ok(found: str) -> Finding:
@@ -54,4 +57,5 @@ def together(findings: Sequence[Finding]) -> Finding:
     order = (Outcome.FAILED, Outcome.WARNING, Outcome.SKIPPED, Outcome.OK)
     worst = min((f.outcome for f in findings), key=order.index)
     advice = dict.fromkeys(f.advice for f in findings if f.advice)
-    return Finding(worst, "; ".join(f.found for f in findings), " ".join(advice))
+    details = {key: value for f in findings for key, value in f.details.items()}
+    return Finding(worst, "; ".join(f.found for f in findings), " ".join(advice), details)

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fedclient.aside import off_loop
 from fedclient.checks.examination import Examination
-from fedclient.checks.finding import Finding, failed, ok, skipped, together, warning
+from fedclient.checks.finding import Finding, Outcome, failed, ok, skipped, together, warning
+from fedclient.checks.readiness import readiness
 from fedclient.launch import FailReason, Job, JobKind, Progress, Result, TrainerFailed, Write
 from fedclient.local_files import LocalModel, import_model
 from fedclient.spool import in_use
+from fedclient.text_settings import data_files
 
 EVALUATION_SECONDS = 120.0
 """How long an evaluation may take to say how many examples there are."""
+OWN_WORDS = frozenset({"DataError", "PretrainedError"})
+"""Exceptions of the built-in workloads: their words name files, rows and columns, and quote no value."""
 
 _RUN = "doctor"
 
@@ -34,8 +38,13 @@ async def check_training_step(visit: Examination) -> Finding:
 
 
 async def _data(visit: Examination, name: str) -> Finding:
-    files = await off_loop(_files, name, visit.site.directory, visit.site.workload[name].data)
-    if not visit.train or "evaluate" not in visit.descriptions[name].abilities or _undecided(visit, name):
+    settings = visit.site.workload[name]
+    named = data_files(settings.data) if settings.built_in else list(settings.data.items())
+    files = await off_loop(_files, name, visit.site.directory, named)
+    if files.outcome is Outcome.OK:
+        files = together([files, *await _described(visit, name)])
+    evaluates = "evaluate" in visit.descriptions[name].abilities and not _undecided(visit, name)
+    if files.outcome is Outcome.FAILED or not visit.train or not evaluates:
         return files
     try:
         model = await _built(visit, name)
@@ -66,6 +75,17 @@ async def _data(visit: Examination, name: str) -> Finding:
     if not result.num_examples:
         return together([files, warning(counted, "Look whether its test data are empty.")])
     return together([files, ok(counted)])
+
+
+async def _described(visit: Examination, name: str) -> list[Finding]:
+    try:
+        async with asyncio.timeout(EVALUATION_SECONDS):
+            result = await visit.trainer(name).run(Job(JobKind.DESCRIBE, client=visit.site.name, run=_RUN), _unheard)
+    except TimeoutError:
+        return [warning(f"{name}: its data had not been read after {EVALUATION_SECONDS:.0f} s", "Have patience.")]
+    except TrainerFailed as e:
+        return [_broken(visit, name, e)]
+    return [readiness(name, result.data)] if result.data else []
 
 
 async def _step(visit: Examination, name: str) -> Finding:
@@ -115,6 +135,8 @@ def _broken(visit: Examination, name: str, error: TrainerFailed) -> Finding:
     if error.reason is FailReason.OUT_OF_MEMORY:
         running = "; the running daemon's trainer holds some, too" if in_use(visit.site.state_dir) else ""
         return failed(error.message, f"Use a smaller batch or model, or a device with more memory{running}.")
+    if error.exception_class in OWN_WORDS:
+        return failed(f"{error.message}: {error.output.partition(chr(10))[0]}", "Correct that, or site.toml.")
     # The exception's own words may quote data: they stay in the log.
     return failed(error.message, f"Its own words and the traceback are in {visit.trainer(name).log_path}.")
 
@@ -138,10 +160,10 @@ def _undecided(visit: Examination, name: str) -> list[str]:
     return list(visit.descriptions[name].settings_schema.get("required", ()))
 
 
-def _files(name: str, directory: Path, table: Mapping[str, Any]) -> Finding:
-    """What in a data table looks like a path, and whether it is there. The table is free-form: more cannot be known."""
+def _files(name: str, directory: Path, named: Sequence[tuple[str, Any]]) -> Finding:
+    """What in a data table looks like a path, and whether it is there. A free-form one tells no more."""
     there = []
-    for key, value in table.items():
+    for key, value in named:
         if not isinstance(value, str) or not value or "://" in value:
             continue
         if (directory / value).exists():
@@ -151,7 +173,7 @@ def _files(name: str, directory: Path, table: Mapping[str, Any]) -> Finding:
                 f"{name}: data.{key} names no file or directory: {directory / value}",
                 f"If {key} is meant to be a path, put the data there, or correct it in [workload.{name}.data].",
             )
-    return ok(f"{name}: {', '.join(there)} there" if there else f"{name}: its data table names no file")
+    return ok(f"{name}: {', '.join(dict.fromkeys(there))} there" if there else f"{name}: its data table names no file")
 
 
 def _emptied(directory: Path) -> None:

@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -50,7 +51,7 @@ class _Json:
     """A list, when all is done."""
 
     def __init__(self) -> None:
-        self._findings: list[dict[str, str]] = []
+        self._findings: list[dict[str, Any]] = []
 
     def begin(self, check: str) -> None:
         """A check begins."""
@@ -58,7 +59,7 @@ class _Json:
     def add(self, check: str, finding: Finding) -> None:
         """A check is done."""
         entry = {"check": check, "outcome": finding.outcome.value, "found": finding.found, "advice": finding.advice}
-        self._findings.append(entry)
+        self._findings.append(entry | ({"details": dict(finding.details)} if finding.details else {}))
 
     def end(self, _: Counter[Outcome]) -> None:
         """All are done."""

@@ -14,8 +14,8 @@ from fedlink.errors import FedlinkError
 
 _ABOUT_CODE = frozenset(
     ("AttributeError", "ImportError", "IndentationError", "ModuleNotFoundError", "NameError", "SyntaxError")
-) | {"WorkloadError", "SettingsError"}
-"""Exceptions whose message is about a module; others may quote data."""
+) | {"WorkloadError", "SettingsError", "PretrainedError"}
+"""Exceptions whose message is about a module or a model; others may quote data."""
 _NVIDIA = Path("/dev/nvidia0")
 
 

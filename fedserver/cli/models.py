@@ -23,7 +23,9 @@ Version = Annotated[str, typer.Argument(metavar="RUN@VERSION", help="A version o
 
 @app.command("import")
 def import_model(
-    source: Annotated[Path, typer.Argument(help="A .safetensors file, or a directory of them in Hugging Face layout.")],
+    source: Annotated[
+        Path, typer.Argument(help="A .safetensors file, or a directory as transformers or peft saves one.")
+    ],
     name: Annotated[str | None, typer.Option(help="Name of the model. Default: the file's or directory's.")] = None,
     buffer: Annotated[
         list[str] | None, typer.Option(help="Pattern of tensors that are buffers, e.g. '*.running_*'.")
@@ -74,18 +76,25 @@ def export(
     name: Annotated[
         str, typer.Argument(metavar="RUN[@VERSION]", help="RUN's newest version, RUN@VERSION, or a model.")
     ],
-    directory: Annotated[Path, typer.Argument(help="Where to write model.safetensors (or shards and their index).")],
+    directory: Annotated[Path, typer.Argument(help="Where to write the weights and the files beside them.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Merge a LoRA adapter into its base: a whole model.")] = False,
+    base: Annotated[Path | None, typer.Option(help="With --merge: a directory with the adapter's base.")] = None,
     *,
     as_json: Json = False,
     data_dir: DataDir = DATA_DIR,
 ) -> None:
-    """Write a model's weights to a directory as safetensors."""
+    """Write a model to a directory: safetensors, and the config and tokenizer files that were imported with it."""
+    if merge != (base is not None):
+        raise FedlinkError(Reason.BAD_CONFIG, "--merge needs --base, the directory of the adapter's base, and only it")
     with _progress("fetching") as progress:
         bar = progress.add_task(name, total=None)
 
         async def work(admin: Admin) -> tuple[pb.Model, list[Path]]:
             return await admin.export_model(
-                name, directory, progress=lambda done, total: progress.update(bar, completed=done, total=total)
+                name,
+                directory,
+                merge_into=base,
+                progress=lambda done, total: progress.update(bar, completed=done, total=total),
             )
 
         model, files = with_admin(data_dir, work)

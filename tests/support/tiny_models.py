@@ -18,24 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-WORDS = [
-    "good",
-    "bad",
-    "fine",
-    "poor",
-    "nice",
-    "awful",
-    "film",
-    "book",
-    "play",
-    "song",
-    "the",
-    "a",
-    "was",
-    "is",
-    "very",
-    "quite",
-]
+WORDS = ["good", "bad", "fine", "poor", "nice", "awful", "film", "book", "play", "song", "the", "was", "very", "a"]
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -38,6 +38,7 @@ ENTRIES = {"fedserver": "fedserver.cli", "fedclient": "fedclient.cli"}
 PRELOADED = (
     *ENTRIES.values(),
     "fedserver.app",
+    "fedserver.modelexport",
     "fedserver.modelfiles",
     "fedserver.store.migrations",
     "sqlalchemy.dialects.sqlite.pysqlite",

@@ -246,7 +246,7 @@ async def test_a_gpu_that_no_workload_sees(tmp_path: Path, monkeypatch: pytest.M
 )
 def test_what_looks_like_a_path_in_a_data_table(tmp_path: Path, table: dict[str, Any], outcome: Outcome) -> None:
     (tmp_path / "here.csv").touch()
-    assert _files("w", tmp_path, table).outcome is outcome
+    assert _files("w", tmp_path, list(table.items())).outcome is outcome
 
 
 def test_what_a_step_took() -> None:

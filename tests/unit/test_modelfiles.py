@@ -16,11 +16,13 @@ from safetensors import numpy as reference
 
 from fedlink import tensors as fedlink_tensors
 from fedlink.blobs import chunk_digests_of, ref_of
+from fedlink.companions import INDEX_NAME
 from fedlink.errors import FedlinkError, Reason
 from fedlink.manifest import Manifest
 from fedlink.tensors import DTYPES, Role, read_header, roles_metadata
 from fedserver.aggregation.numbers import sound
-from fedserver.modelfiles import INDEX_NAME, ConvertedModel, convert, export
+from fedserver.modelexport import export
+from fedserver.modelfiles import ConvertedModel, convert
 from tests.support.shards import T, read_safetensors, write_safetensors
 
 B, F, P = Role.BUFFER, Role.FROZEN, Role.PARAMETER
@@ -302,7 +304,7 @@ async def test_export_leaves_nothing_behind_when_it_fails(tmp_path, small_shards
             await export(model.manifest, bad, tmp_path / "export")
         assert e.value.reason is Reason.BAD_MANIFEST
     await exported(model, tmp_path / "export")
-    with pytest.raises(FedlinkError, match="holds a model already") as e:
+    with pytest.raises(FedlinkError, match=r"holds model-00001.* already") as e:
         await exported(model, tmp_path / "export")
     assert e.value.reason is Reason.BAD_CONFIG
 
