@@ -30,10 +30,10 @@ $(STAMP): pyproject.toml deploy/constraints.txt
 	@touch $@
 
 demo: $(STAMP) ## Four hospitals train one model: server, four daemons, comparison, plot
-	@$(BIN)/python examples/heart/demo.py .demo/heart
+	@$(BIN)/python -m examples.heart.demo .demo/heart
 
 reproduce-heart: $(STAMP) ## FLamby's accuracies on Fed-Heart-Disease, beside its own (a minute or two)
-	@$(BIN)/python examples/heart/reproduce.py .demo/reproduce
+	@$(BIN)/python -m examples.heart.reproduce .demo/reproduce
 
 demo-compose: $(DEMO_STAMP) ## The same in containers, docker or podman (KILL=1: the server and a site are killed)
 	@$(dir $(DEMO_STAMP))bin/python deploy/demo_compose.py .demo/compose $(if $(KILL),--kill)

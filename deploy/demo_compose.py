@@ -24,11 +24,12 @@ from typing import Any, NoReturn
 
 DEPLOY = Path(__file__).resolve().parent
 HEART = DEPLOY.parent / "examples" / "heart"
-sys.path[:0] = [str(HEART)]
+sys.path[:0] = [str(DEPLOY.parent)]
 
-import data  # noqa: E402 - the demo's own data and report
-from demo import report  # noqa: E402
-from engine import Engine, EngineError, find, unpack  # noqa: E402
+from engine import Engine, EngineError, find, unpack  # noqa: E402 - beside the demo's own data and report
+
+from examples.heart import data  # noqa: E402
+from examples.heart.demo import report  # noqa: E402
 
 RUN = "heart"
 RUN_FILE = HEART / "run.toml"

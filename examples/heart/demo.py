@@ -1,6 +1,6 @@
 """The demo: four hospitals train one model, and no row leaves a hospital.
 
-    python demo.py [DIRECTORY]
+    python -m examples.heart.demo [DIRECTORY]
 
 Starts one `fedserver serve` and four `fedclient start` as processes of their own, creates the
 run with the commands a person would type (each is printed), and then trains on each hospital
@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-from federation import HERE, HOSPITALS, Federation
 from rich.console import Console
 from rich.table import Table
+
+from examples.heart.hospitals import HERE, HOSPITALS, Hospitals
 
 RUN = "heart"
 RUN_FILE = HERE / "run.toml"
@@ -28,7 +29,7 @@ RUN_FILE = HERE / "run.toml"
 
 def main(root: Path) -> None:
     """Run the demo in `root`, which is emptied first (but for the data)."""
-    federation = Federation(root)
+    federation = Hospitals(root)
     federation.prepare()
     started = time.monotonic()
     init = root / "heart-init.safetensors"
@@ -44,7 +45,7 @@ def main(root: Path) -> None:
     report(root, versions, local, pooled, seconds)
 
 
-def train_alone(federation: Federation, name: str, train: list[str], init: Path) -> list[float]:
+def train_alone(federation: Hospitals, name: str, train: list[str], init: Path) -> list[float]:
     """Accuracy of every version of a model trained without a server, on all hospitals' test rows."""
     return federation.train_alone(federation.site(f"alone-{name}", train, HOSPITALS), RUN_FILE, init)
 

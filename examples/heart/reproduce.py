@@ -1,6 +1,6 @@
 """FLamby's accuracies on Fed-Heart-Disease, through a real server and four real daemons.
 
-    python reproduce.py [--seeds 42,45] [DIRECTORY]
+    python -m examples.heart.reproduce [--seeds 42,45] [DIRECTORY]
 
 FedAvg as FLamby ran it, from its five seeds (or some of them), and the model trained on the
 pooled rows; FLamby's published numbers are printed beside ours. docs/reproduction.md explains both. The last line
@@ -18,9 +18,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from federation import HERE, HOSPITALS, Federation
 from rich.console import Console
 from rich.table import Table
+
+from examples.heart.hospitals import HERE, HOSPITALS, Hospitals
 
 PUBLISHED = {
     "fedavg": {42: 0.7520, 43: 0.7638, 44: 0.7638, 45: 0.7008, 46: 0.7598},
@@ -33,7 +34,7 @@ ROUNDS = 15
 
 def main(root: Path, seeds: Sequence[int]) -> bool:
     """Run everything in `root`, which is emptied first (but for the data); answers whether the means are FLamby's."""
-    federation = Federation(root)
+    federation = Hospitals(root)
     federation.prepare()
     started = time.monotonic()
     console = Console()
@@ -65,7 +66,7 @@ def write_run_file(root: Path, kind: str, seed: int) -> Path:
     return path
 
 
-def federated(federation: Federation, console: Console, seed: int) -> float:
+def federated(federation: Hospitals, console: Console, seed: int) -> float:
     """Run FedAvg from a seed's weights; answers the last version's accuracy on all test rows."""
     federation.operate(["run", "create", str(write_run_file(federation.root, "fedavg", seed))], quiet=True)
     line = f"seed {seed}: FedAvg"

@@ -12,14 +12,15 @@ from safetensors.numpy import load_file
 
 pytestmark = pytest.mark.slow
 
-DEMO = Path(__file__).parents[2] / "examples" / "heart" / "demo.py"
+ROOT = Path(__file__).parents[2]
 HOSPITALS = {"cleveland", "hungary", "switzerland", "long-beach"}
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.xdist_group("heavy")
 def test_demo_ends_with_a_federation_that_beats_each_hospital_alone(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, DEMO, tmp_path], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "examples.heart.demo", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.rstrip().splitlines()
     assert lines[-1].startswith("result ")

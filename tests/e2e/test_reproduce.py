@@ -23,8 +23,8 @@ TRAIN, TEST = 0, 1
 @pytest.mark.xdist_group("heavy")
 def test_the_published_accuracies(tmp_path: Path, heart_data: Path) -> None:
     (tmp_path / "data").symlink_to(heart_data)
-    command = [sys.executable, heart.EXAMPLE / "reproduce.py", "--seeds", SEED, tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "examples.heart.reproduce", "--seeds", SEED, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=heart.EXAMPLE.parents[1])
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.rstrip().splitlines()
     assert lines[-1].startswith("result ")

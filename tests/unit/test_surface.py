@@ -23,7 +23,7 @@ COMMANDS = {
     "fedserver client revoke": "--data-dir NAME",
     "fedserver drain": "--data-dir --json --timeout",
     "fedserver health": "--data-dir --json",
-    "fedserver model export": "--data-dir --json DIRECTORY NAME",
+    "fedserver model export": "--base --data-dir --json --merge DIRECTORY NAME",
     "fedserver model import": "--buffer --data-dir --frozen --json --name SOURCE",
     "fedserver model list": "--data-dir --json",
     "fedserver model pin": "--data-dir NAME",
