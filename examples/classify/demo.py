@@ -133,10 +133,11 @@ def affordable_steps(sites: Sites, init: Path, seconds: float) -> int:
     def measure(name: str) -> float:
         site = sites.site(name, [WORKLOAD], name=f"probe-{name}")
         versions = federation.train_alone(site, run_file, init, threads(len(NAMES)))
-        return 1 / float(versions[-1]["train"]["steps_per_second"])
+        rate: float = versions[-1]["train"]["steps_per_second"]
+        return 1 / rate
 
     with ThreadPoolExecutor(at_once) as pool:
-        step = max(pool.map(measure, NAMES[:at_once]))
+        step: float = max(pool.map(measure, NAMES[:at_once]))
     # The federation, and then each site alone and the pooled texts.
     turns = len(NAMES) / at_once + math.ceil((len(NAMES) + 1) / at_once)
     steps = min(MOST_STEPS, max(FEWEST_STEPS, int(seconds / turns / step / ROUNDS)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -106,9 +107,7 @@ class Sites(federation.Federation):
         path.write_text("".join(parts), encoding="utf-8")
         return path
 
-    def start(
-        self, processes: federation.contextlib.ExitStack, names: Sequence[str], workloads: Sequence[Workload]
-    ) -> None:
+    def start(self, processes: contextlib.ExitStack, names: Sequence[str], workloads: Sequence[Workload]) -> None:
         """Start the server and the daemons of some sites."""
         server = self.start_server(processes)
         for name in names:
