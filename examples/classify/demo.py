@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import statistics
 import sys
 import time
@@ -34,13 +33,21 @@ from examples.classify.sites import CORES, POOLED, Alone, Sites, Workload, threa
 RUN = "topics"
 NAMES = ("site-1", "site-2", "site-3")
 SEED = 1
-TESTS = 500
+TESTS = 400
 MAX_LENGTH = 48
-ROUNDS = 5
-SECONDS = 180
-"""What the trainings may take, all in all, on a machine with nothing else to do."""
-FEWEST_STEPS, MOST_STEPS = 4, 16
+BATCH = 8
+ROUNDS = 4
+SECONDS = 300.0
+"""What the demo may take on a machine with nothing else to do, but for fetching."""
+OVERHEAD = 20.0
+"""Seconds for the server, for weights on their way, and for the plot."""
+PRUDENCE = 1.2
+"""Times vary by as much from one minute to the next."""
+FORWARD = 0.3
+"""What testing a batch costs, in steps."""
+FEWEST_STEPS, MOST_STEPS = 5, 40
 """In a round, however slow or fast the machine."""
+PROBE = 4
 WORKLOAD = Workload(RUN, f"seed-{SEED}", MAX_LENGTH, {})
 RUN_FILE = """\
 name = "{name}"
@@ -51,7 +58,7 @@ seed = {seed}
 
 [settings]
 steps = {steps}
-batch_size = 16
+batch_size = {batch}
 learning_rate = 3e-4
 warmup = 0.1
 eval_batch_size = 32
@@ -109,7 +116,9 @@ def write_run_file(root: Path, name: str, steps: int, rounds: int = ROUNDS) -> P
     """Write a run file; only the federated run evaluates its versions."""
     path = root / f"{name}.toml"
     evaluation = json.dumps(name == RUN)
-    text = RUN_FILE.format(name=name, rounds=rounds, seed=SEED, steps=steps, sites=len(NAMES), evaluation=evaluation)
+    text = RUN_FILE.format(
+        name=name, rounds=rounds, seed=SEED, steps=steps, sites=len(NAMES), batch=BATCH, evaluation=evaluation
+    )
     path.write_text(text, encoding="utf-8")
     return path
 
@@ -126,9 +135,9 @@ def show_shares(sites: Sites) -> None:
 
 
 def affordable_steps(sites: Sites, init: Path, seconds: float) -> int:
-    """Steps in a round, so that all trainings together take about so many seconds; measured and printed."""
-    run_file = write_run_file(sites.root, "probe", steps=3, rounds=1)
-    at_once = min(CORES, len(NAMES))
+    """Steps in a round, so that the demo takes about so many seconds; measured and printed."""
+    run_file = write_run_file(sites.root, "probe", steps=PROBE, rounds=1)
+    lanes = min(CORES, len(NAMES))
 
     def measure(name: str) -> float:
         site = sites.site(name, [WORKLOAD], name=f"probe-{name}")
@@ -136,13 +145,23 @@ def affordable_steps(sites: Sites, init: Path, seconds: float) -> int:
         rate: float = versions[-1]["train"]["steps_per_second"]
         return 1 / rate
 
-    with ThreadPoolExecutor(at_once) as pool:
-        step: float = max(pool.map(measure, NAMES[:at_once]))
-    # The federation, and then each site alone and the pooled texts.
-    turns = len(NAMES) / at_once + math.ceil((len(NAMES) + 1) / at_once)
-    steps = min(MOST_STEPS, max(FEWEST_STEPS, int(seconds / turns / step / ROUNDS)))
-    print(f"a step of 16 texts takes {step:.2f} s here: {ROUNDS} rounds of {steps} steps at each site", flush=True)
+    began = time.monotonic()
+    with ThreadPoolExecutor(lanes) as pool:
+        step: float = max(pool.map(measure, NAMES[:lanes]))
+    start = max(0.0, time.monotonic() - began - PROBE * step)
+    steps = plan(seconds, step, start, lanes)
+    print(f"a step of {BATCH} texts takes {step:.2f} s here: {ROUNDS} rounds of {steps} steps at each site", flush=True)
     return steps
+
+
+def plan(seconds: float, step: float, start: float, lanes: int) -> int:
+    """Steps in a round; `lanes` trainers run at a time, each of which takes `start` seconds to load everything."""
+    trainings = 2 * len(NAMES) + 1
+    # Each version, and each model at the end.
+    testing = (ROUNDS + 1 + len(NAMES) + 2) * TESTS / BATCH * FORWARD
+    left = seconds / PRUDENCE - OVERHEAD - start * (1 + trainings / lanes)
+    steps = (left * lanes / step - testing) / (ROUNDS * trainings)
+    return min(MOST_STEPS, max(FEWEST_STEPS, int(steps)))
 
 
 def follow(sites: Sites) -> Course:
@@ -245,10 +264,10 @@ def draw(path: Path, course: Course, found: dict[str, Scores], steps: int) -> No
 
 
 def arguments() -> tuple[Path, float]:
-    """The command line: where to work, and how long to train."""
+    """The command line: where to work, and for how long."""
     parser = argparse.ArgumentParser(description="Three sites fine-tune a text classifier together.")
     parser.add_argument("directory", nargs="?", default=".demo/classify", type=Path)
-    parser.add_argument("--seconds", default=SECONDS, type=float, help="what the trainings may take")
+    parser.add_argument("--seconds", default=SECONDS, type=float, help="about how long it may take")
     given = parser.parse_args()
     return given.directory.resolve(), given.seconds
 

@@ -7,6 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from fedserver.rounds.model import TaskState
 
+PERPLEXITY = "perplexity"
+"""The metric whose mean is taken of its logarithms."""
+
 
 def over(open_tasks: Iterable[TaskState], now: float, deadline: float) -> bool:
     """Whether nobody is waited for any more."""
@@ -15,6 +18,8 @@ def over(open_tasks: Iterable[TaskState], now: float, deadline: float) -> bool:
 
 def weighted_means(results: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, float]:
     """The mean of each metric over the sites that report it, weighted by their test examples.
+
+    That of perplexities is the exponential of the mean loss, which is the perplexity over all sites' tokens.
 
     Args:
         results: number of test examples and metrics of each site.
@@ -25,8 +30,14 @@ def weighted_means(results: Sequence[tuple[int, Mapping[str, float]]]) -> dict[s
         having = [(n, metrics[name]) for n, metrics in results if name in metrics and n > 0]
         total = sum(n for n, _ in having)
         if total:
-            means[name] = math.fsum(n * value for n, value in having) / total
+            means[name] = _mean(name, having, total)
     return means
+
+
+def _mean(name: str, having: Sequence[tuple[int, float]], total: int) -> float:
+    if name == PERPLEXITY and all(value > 0 for _, value in having):
+        return math.exp(math.fsum(n * math.log(value) for n, value in having) / total)
+    return math.fsum(n * value for n, value in having) / total
 
 
 def is_better(value: float, best: float | None, goal: str) -> bool:

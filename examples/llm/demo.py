@@ -1,0 +1,138 @@
+"""The demo: three sites with one kind of Shakespeare's plays each fine-tune one language model by LoRA.
+
+    python -m examples.llm.demo [--seconds 320] [--rounds N --steps N] [DIRECTORY]
+
+Starts one `fedserver serve` and three `fedclient start` as processes of their own. What trains is the built-in
+`causal_lm`, by site.toml alone. The demo measures how long a step takes, chooses how many there is time for, runs the
+federation with the commands a person would type, and then trains at each site alone and on the pooled passages with
+`fedclient train-local`, as many steps. The last line is `result {json}`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import resource
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from examples import federation
+from examples.llm.budget import ALONE, BATCH, Machine, Plan, plan
+from examples.llm.report import Comparison, report
+from examples.llm.sites import SITES, Sites, cores, threads
+
+RUN = "shakespeare"
+INIT = "adapter-init"
+PROBE_STEPS = 3
+
+
+def main(root: Path, seconds: float, wanted: Plan | None) -> None:
+    """Run the demo in `root`, which is emptied first, but for the plays and the model.
+
+    Args:
+        root: where everything goes.
+        seconds: how long it may take, about.
+        wanted: how much is trained; None: as much as there is time for.
+    """
+    sites = Sites(root)
+    sites.prepare()
+    started, spent = time.monotonic(), cpu_seconds()
+    with contextlib.ExitStack() as processes:
+        server = sites.start_server(processes)
+        machine = measure(sites)
+        chosen = wanted or plan(machine, seconds)
+        print(
+            f"a step of {BATCH} passages takes {machine.step:.2f} s with {machine.lanes} trainers at a time: "
+            f"{chosen.rounds} rounds of {chosen.steps} steps at each site"
+        )
+        sites.operate(["model", "import", str(root / INIT)])
+        sites.start(processes, server, threads(len(SITES)))
+        sites.operate(["run", "create", str(sites.run_file(RUN, chosen.rounds, chosen.steps, samples=1)), "--follow"])
+        events = list(sites.events(RUN))
+        sites.operate(["model", "export", RUN, str(root / "model")])
+    alone = train_alone(sites, chosen.rounds * chosen.steps)
+    comparison = Comparison(
+        versions=[event["data"] for event in events if event["kind"] == "version_evaluated"],
+        rounds=[event["data"] for event in events if event["kind"] == "round_committed"],
+        alone={name: perplexity(versions) for name, versions in alone.items()},
+        samples=sites.samples(),
+        steps=chosen.steps,
+        step_seconds=machine.step,
+        seconds=time.monotonic() - started,
+        cpu_seconds=cpu_seconds() - spent,
+    )
+    report(root, comparison)
+
+
+def measure(sites: Sites) -> Machine:
+    """Write the starting adapter and, at the same time, see how fast a trainer is."""
+    lanes = min(len(SITES), cores())
+    site = sites.site("comedies-alone", ["comedies"], SITES)
+    probe = sites.run_file("probe", 1, PROBE_STEPS, evaluate=False)
+    with ThreadPoolExecutor(1) as pool:
+        started = time.monotonic()
+        probing = pool.submit(federation.train_alone, site, probe, None, threads(len(SITES)))
+        first = sites.site("first", SITES, SITES)
+        command = ["fedclient", "init-model", RUN, "--config", str(first), "--seed", "42"]
+        federation.call([*command, "-o", str(sites.root / INIT)])
+        trained = probing.result()[1]
+    step = 1 / trained["train"]["steps_per_second"]
+    return Machine(step, time.monotonic() - started - step * PROBE_STEPS, lanes)
+
+
+def train_alone(sites: Sites, steps: int) -> dict[str, list[dict[str, Any]]]:
+    """What a training of so many steps gives without a server, at each site and on the pooled passages."""
+    lanes = min(ALONE, cores())
+    # In one round: no optimizer begins anew, which is rather to their advantage.
+    run_file = sites.run_file("alone", 1, steps)
+    places = {name: sites.site(f"{name}-alone", [name], SITES) for name in SITES}
+    places["pooled"] = sites.site("pooled", SITES, SITES)
+    print(f"\ntraining {steps} steps at each site alone, and on the pooled passages", flush=True)
+    with ThreadPoolExecutor(lanes) as pool:
+        begun = {
+            name: pool.submit(federation.train_alone, site, run_file, sites.root / INIT, threads(lanes))
+            for name, site in places.items()
+        }
+        found = {}
+        for name, future in begun.items():
+            found[name] = future.result()
+            print(f"  {name:<10} perplexity {perplexity(found[name]):.2f}", flush=True)
+    return found
+
+
+def perplexity(versions: list[dict[str, Any]]) -> float:
+    """Of the last version, on all sites' held-out passages."""
+    return float(versions[-1]["evaluation"]["perplexity"])
+
+
+def cpu_seconds() -> float:
+    """What every process that this one has started, and waited for, has computed."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Federated LoRA fine-tuning of a language model.")
+    parser.add_argument("directory", nargs="?", default=".demo/llm", type=Path)
+    parser.add_argument("--seconds", type=float, default=320, help="how long it may take, about")
+    parser.add_argument("--rounds", type=int, help="instead of as many as there is time for")
+    parser.add_argument("--steps", type=int, help="of each site in each round; belongs to --rounds")
+    found = parser.parse_args()
+    if (found.rounds is None) != (found.steps is None):
+        parser.error("give both of --rounds and --steps, or none")
+    return found
+
+
+if __name__ == "__main__":
+    given = arguments()
+    try:
+        wanted = Plan(given.rounds, given.steps) if given.rounds else None
+        main(given.directory.resolve(), given.seconds, wanted)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; every process it started has been told to stop")
+    except RuntimeError as e:
+        sys.exit(f"demo: {e}")
