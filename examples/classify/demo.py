@@ -70,9 +70,6 @@ min_clients = {sites}
 enabled = {evaluation}
 """
 
-Scores = dict[str, float]
-"""`accuracy` and `macro_f1`."""
-
 
 @dataclass
 class Course:
@@ -105,10 +102,8 @@ def main(root: Path, seconds: float) -> None:
         sites.operate(["model", "export", RUN, str(root / "model")])
     alone = train_alone(sites, init, steps)
     models = {"federated": root / "model"} | alone
-    found = {
-        name: scores.score(path, sites.data / WORKLOAD.dealt / f"{POOLED}-test.jsonl", MAX_LENGTH)
-        for name, path in models.items()
-    }
+    tests = sites.data / WORKLOAD.dealt / f"{POOLED}-test.jsonl"
+    found = dict(zip(models, scores.score(list(models.values()), tests, MAX_LENGTH, CORES), strict=True))
     report(root, course, found, steps, time.monotonic() - started)
 
 
@@ -206,7 +201,7 @@ def train_alone(sites: Sites, init: Path, steps: int) -> dict[str, Path]:
     return {job.who: job.output for job in jobs}
 
 
-def report(root: Path, course: Course, found: dict[str, Scores], steps: int, seconds: float) -> None:
+def report(root: Path, course: Course, found: dict[str, scores.Score], steps: int, seconds: float) -> None:
     """Print the comparison, draw the plot, and end with the result line."""
     table = Table(box=None)
     for title in ("trained on", "accuracy", "macro-F1"):
@@ -240,7 +235,7 @@ def report(root: Path, course: Course, found: dict[str, Scores], steps: int, sec
     print(f"result {json.dumps(result)}", flush=True)
 
 
-def draw(path: Path, course: Course, found: dict[str, Scores], steps: int) -> None:
+def draw(path: Path, course: Course, found: dict[str, scores.Score], steps: int) -> None:
     """Plot accuracy by round, with what the others reached in as many steps."""
     mpl.use("Agg")
     from matplotlib import pyplot as plt  # noqa: PLC0415 - after the backend is chosen

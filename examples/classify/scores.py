@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +18,25 @@ from fedclient.trainer.text.metrics import confusion, macro_f1
 
 BATCH = 32
 
+Score = dict[str, float]
+"""`accuracy` and `macro_f1`."""
 
-def score(model: Path, tests: Path, max_length: int) -> dict[str, float]:
-    """Accuracy and macro-F1 of a model on the texts of a file.
+
+def score(models: Sequence[Path], tests: Path, max_length: int, processes: int) -> list[Score]:
+    """Accuracy and macro-F1 of models on the texts of a file.
 
     Args:
-        model: a directory as `fedserver model export` writes it.
+        models: directories as `fedserver model export` writes them.
         tests: the file.
         max_length: where texts are cut, in tokens.
+        processes: how many models are looked at at a time, each on one thread.
     """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return list(pool.map(partial(_score, tests=tests, max_length=max_length), models))
+
+
+def _score(model: Path, tests: Path, max_length: int) -> Score:
     transformers: Any = importlib.import_module("transformers")
     transformers.utils.logging.disable_progress_bar()
     classifier = transformers.AutoModelForSequenceClassification.from_pretrained(str(model)).eval()
