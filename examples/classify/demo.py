@@ -144,7 +144,7 @@ def affordable_steps(sites: Sites, init: Path, seconds: float) -> int:
     with ThreadPoolExecutor(lanes) as pool:
         step: float = max(pool.map(measure, NAMES[:lanes]))
     start = max(0.0, time.monotonic() - began - PROBE * step)
-    steps = plan(seconds, step, start, lanes)
+    steps: int = plan(seconds, step, start, lanes)
     print(f"a step of {BATCH} texts takes {step:.2f} s here: {ROUNDS} rounds of {steps} steps at each site", flush=True)
     return steps
 
