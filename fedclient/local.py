@@ -71,7 +71,7 @@ async def train_local(
         spec: the run.
         model: what to start from: a safetensors file, or a directory with one or with shards; by default the class's
             own model at the run's seed.
-        output: where to write the last version: one safetensors file, or a directory if it began with several files.
+        output: where to write the last version: one safetensors file, or a directory if files belong beside it.
         on_version: called with each version as it is there.
 
     Raises:

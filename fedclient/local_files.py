@@ -104,15 +104,12 @@ def next_version(model: LocalModel, files: Sequence[Path], target: Path, step: f
 def export_model(model: LocalModel, path: Path) -> None:
     """Write a version as one safetensors file, with roles, tied names and its base in the metadata.
 
-    If it began with a directory, `path` becomes one, with what lay beside the weights.
-
-    Raises:
-        FedlinkError: BAD_CONFIG: such a directory would be called like a file.
+    If it began with files beside its weights, `path` becomes a directory with them, unless it is called like a file.
     """
     found, _, _ = _read([model.directory / name for name, _ in model.shards])
     specs = [spec for _, shard in model.shards for spec in shard]
     ordered = sorted(specs, key=lambda s: (-DTYPES[s.dtype].bits, s.name))
-    if model.companions:
+    if model.companions and not _is_file(path):
         path = as_directory(path) / (ADAPTER_WEIGHTS if model.base else MODEL_WEIGHTS)
         for companion in model.companions:
             shutil.copy(companion, path.parent)
@@ -129,10 +126,14 @@ def as_directory(path: Path) -> Path:
     Raises:
         FedlinkError: BAD_CONFIG: it is called like a file, or is one.
     """
-    if path.suffix == ".safetensors" or path.is_file():
+    if _is_file(path):
         raise FedlinkError(Reason.BAD_CONFIG, f"more than one file belongs to this model: name a directory, not {path}")
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def _is_file(path: Path) -> bool:
+    return path.suffix == ".safetensors" or path.is_file()
 
 
 def _files_of(source: Path) -> list[Path]:

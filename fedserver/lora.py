@@ -58,12 +58,11 @@ class Adapter:
 
     @classmethod
     def read(cls, directory: Path) -> Adapter:
-        """Read an adapter's headers and settings.
+        """Read an adapter's headers and settings; one that only replaces tensors (a head) needs no settings.
 
         Raises:
             FedlinkError: BAD_CONFIG: it is no LoRA adapter, or one that is merged in another way.
         """
-        config = _config(directory / ADAPTER_CONFIG)
         weights = read_weights(directory / ADAPTER_WEIGHTS)
         whole: dict[str, str] = {}
         sides: dict[str, dict[str, str]] = {}
@@ -74,6 +73,7 @@ class Adapter:
                 raise _refusal(f"tensor {name!r} is of a kind that only peft merges")
             else:
                 whole[base_name(name)] = name
+        config = _config(directory / ADAPTER_CONFIG, needed=bool(sides))
         lone = [weight for weight, found in sides.items() if len(found) != 2]
         if lone:
             raise _refusal(f"it has only one of the two factors for {lone[0]!r}")
@@ -113,7 +113,9 @@ class Adapter:
         return values.reshape(entry.spec.shape)
 
 
-def _config(path: Path) -> dict[str, Any]:
+def _config(path: Path, *, needed: bool) -> dict[str, Any]:
+    if not needed and not path.exists():
+        return {}
     try:
         if path.stat().st_size > _MAX_CONFIG:
             raise _refusal(f"its {ADAPTER_CONFIG} is larger than {_MAX_CONFIG} bytes")

@@ -16,7 +16,6 @@ from fedlink.companions import (
     ADAPTER_WEIGHTS,
     INDEX_NAME,
     MAX_COMPANION_BYTES,
-    MAX_COMPANIONS,
     MODEL_WEIGHTS,
     is_companion,
 )
@@ -66,7 +65,14 @@ class Weights:
     """The frozen base that it stands on."""
 
 
-def convert(source: Path, out_dir: Path, *, buffers: Sequence[str] = (), frozen: Sequence[str] = ()) -> ConvertedModel:
+def convert(
+    source: Path,
+    out_dir: Path,
+    *,
+    buffers: Sequence[str] = (),
+    frozen: Sequence[str] = (),
+    dropped: Sequence[str] = (),
+) -> ConvertedModel:
     """Re-shard a model from safetensors files to the canonical layout. Blocking; streams in windows.
 
     Roles, tied names and a frozen base come from the files' metadata (as `fedserver model export` and
@@ -78,6 +84,7 @@ def convert(source: Path, out_dir: Path, *, buffers: Sequence[str] = (), frozen:
         out_dir: an empty directory for the shards.
         buffers: shell patterns (`*.running_mean`) of tensors that are buffers.
         frozen: shell patterns of tensors that never change; stronger than `buffers`.
+        dropped: shell patterns of tensors to leave out.
 
     Raises:
         FedlinkError: BAD_CONFIG if the source is no such file or directory (a pickle is never opened) or a
@@ -85,7 +92,7 @@ def convert(source: Path, out_dir: Path, *, buffers: Sequence[str] = (), frozen:
             holds NaN or Inf.
         OSError: a file cannot be read or written.
     """
-    weights = read_weights(source)
+    weights = _without(read_weights(source), dropped)
     try:
         roles = _roles([t.spec for t in weights.tensors.values()], buffers, frozen)
         specs = [replace(t.spec, role=roles[name]) for name, t in weights.tensors.items()]
@@ -127,17 +134,17 @@ def companions_in(source: Path) -> list[Path]:
     """The files beside a model's weights that travel with it; of a single file none.
 
     Raises:
-        FedlinkError: BAD_CONFIG: too many, or too large.
+        FedlinkError: BAD_CONFIG: they are too large.
     """
     if not source.is_dir():
         return []
     found = sorted(p for p in source.iterdir() if is_companion(p.name) and p.is_file())
     size = sum(p.stat().st_size for p in found)
-    if len(found) > MAX_COMPANIONS or size > MAX_COMPANION_BYTES:
+    if size > MAX_COMPANION_BYTES:
         raise FedlinkError(
             Reason.BAD_CONFIG,
-            f"{source} has {len(found)} config and tokenizer files of {size} bytes; at most {MAX_COMPANIONS} of "
-            f"{MAX_COMPANION_BYTES} bytes together travel with a model; move those away that it does not need",
+            f"{source} has {size} bytes of config and tokenizer files; at most {MAX_COMPANION_BYTES} travel with a "
+            "model: move those away that it does not need",
         )
     return found
 
@@ -163,7 +170,7 @@ def _find(source: Path) -> tuple[list[Path], Mapping[str, str]]:
     if (source / INDEX_NAME).is_file():
         return _indexed(source / INDEX_NAME)
     found = sorted(source.glob("*.safetensors"))
-    for name in (ADAPTER_WEIGHTS, MODEL_WEIGHTS):
+    for name in (MODEL_WEIGHTS, ADAPTER_WEIGHTS):
         if source / name in found:
             found = [source / name]
     if len(found) == 1:
@@ -228,13 +235,23 @@ def _roles(specs: Iterable[TensorSpec], buffers: Sequence[str], frozen: Sequence
     roles = {spec.name: spec.role for spec in specs}
     for role, patterns in ((Role.BUFFER, buffers), (Role.FROZEN, frozen)):
         for pattern in patterns:
-            matches = [name for name in roles if fnmatchcase(name, pattern)]
-            if not matches:
-                raise FedlinkError(
-                    Reason.BAD_CONFIG, f"the pattern {pattern!r} matches no tensor; they are called {_some(roles)}"
-                )
-            roles |= dict.fromkeys(matches, role)
+            roles |= dict.fromkeys(_matches(pattern, roles), role)
     return roles
+
+
+def _without(weights: Weights, patterns: Sequence[str]) -> Weights:
+    gone = {name for pattern in patterns for name in _matches(pattern, weights.tensors)}
+    tensors = {name: entry for name, entry in weights.tensors.items() if name not in gone}
+    return replace(weights, tensors=tensors, aliases={a: t for a, t in weights.aliases.items() if t not in gone})
+
+
+def _matches(pattern: str, names: Iterable[str]) -> list[str]:
+    found = [name for name in names if fnmatchcase(name, pattern)]
+    if not found:
+        raise FedlinkError(
+            Reason.BAD_CONFIG, f"the pattern {pattern!r} matches no tensor; they are called {_some(names)}"
+        )
+    return found
 
 
 def _some(names: Iterable[str]) -> str:

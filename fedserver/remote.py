@@ -145,7 +145,14 @@ class Admin:
                 return
 
     async def import_model(
-        self, source: Path, name: str, *, buffers: Sequence[str], frozen: Sequence[str], progress: OnProgress
+        self,
+        source: Path,
+        name: str,
+        *,
+        buffers: Sequence[str],
+        frozen: Sequence[str],
+        dropped: Sequence[str] = (),
+        progress: OnProgress,
     ) -> pb.Model:
         """Send a model to the server; an interrupted import goes on where it was.
 
@@ -158,7 +165,7 @@ class Admin:
 
         with tempfile.TemporaryDirectory(prefix="fedlink-import-") as scratch:
             converted = await asyncio.to_thread(
-                modelfiles.convert, source, Path(scratch), buffers=buffers, frozen=frozen
+                modelfiles.convert, source, Path(scratch), buffers=buffers, frozen=frozen, dropped=dropped
             )
             data = converted.manifest.serialize()
             path = Path(scratch) / "manifest"

@@ -11,9 +11,9 @@ SITES = len(PLAYS)
 ALONE = SITES + 1
 """Trainings without a server: each site alone, and the pooled passages."""
 BATCH = 4
-FORWARD = 0.45
+FORWARD = 0.5
 """What a forward pass costs, in steps."""
-SAMPLE = 1.5
+SAMPLE = 1.0
 """What a sample of 32 tokens costs, in steps."""
 OVERHEAD = 15.0
 """Seconds for everything else: the server, the rounds' ends, the plot."""
@@ -32,7 +32,7 @@ class Machine:
     step: float
     """Seconds of an optimizer step, when every lane is busy."""
     start: float
-    """Seconds until a trainer has loaded everything."""
+    """Seconds until a trainer has loaded everything, likewise."""
     lanes: int
     """Trainers at a time."""
 
@@ -57,6 +57,7 @@ def steps_in_round(machine: Machine, rounds: int, seconds: float) -> int:
     measuring = SITES * TEST_PASSAGES / BATCH * FORWARD
     # Each training alone measures what it begins with, too.
     fixed = (rounds + 1) * (measuring + SAMPLE) + 2 * ALONE * measuring
-    left = seconds / PRUDENCE - OVERHEAD - machine.start * (1 + (SITES + ALONE) / machine.lanes)
+    trainers = machine.lanes + 1 + SITES + ALONE
+    left = seconds / PRUDENCE - OVERHEAD - machine.start * trainers / machine.lanes
     affordable = left * machine.lanes / machine.step - fixed
     return math.floor(affordable / (rounds * (SITES + ALONE)))

@@ -1,6 +1,6 @@
 """The demo: three sites with one kind of Shakespeare's plays each fine-tune one language model by LoRA.
 
-    python -m examples.llm.demo [--seconds 320] [--rounds N --steps N] [DIRECTORY]
+    python -m examples.llm.demo [--seconds 300] [--rounds N --steps N] [DIRECTORY]
 
 Starts one `fedserver serve` and three `fedclient start` as processes of their own. What trains is the built-in
 `causal_lm`, by site.toml alone. The demo measures how long a step takes, chooses how many there is time for, runs the
@@ -68,19 +68,20 @@ def main(root: Path, seconds: float, wanted: Plan | None) -> None:
 
 
 def measure(sites: Sites) -> Machine:
-    """Write the starting adapter and, at the same time, see how fast a trainer is."""
+    """Write the starting adapter and, at the same time, see how fast trainers are when there is one in every lane."""
     lanes = min(len(SITES), cores())
-    site = sites.site("comedies-alone", ["comedies"], SITES)
-    probe = sites.run_file("probe", 1, PROBE_STEPS, evaluate=False)
-    with ThreadPoolExecutor(1) as pool:
+    run_file = sites.run_file("probe", 1, PROBE_STEPS, evaluate=False)
+    places = [sites.site(f"probe-{lane}", [SITES[lane]], SITES) for lane in range(lanes)]
+    with ThreadPoolExecutor(lanes) as pool:
         started = time.monotonic()
-        probing = pool.submit(federation.train_alone, site, probe, None, threads(len(SITES)))
-        first = sites.site("first", SITES, SITES)
-        command = ["fedclient", "init-model", RUN, "--config", str(first), "--seed", "42"]
+        probes = [pool.submit(federation.train_alone, site, run_file, None, threads(len(SITES))) for site in places]
+        command = ["fedclient", "init-model", RUN, "--config", str(sites.site("first", SITES, SITES)), "--seed", "42"]
         federation.call([*command, "-o", str(sites.root / INIT)])
-        trained = probing.result()[1]
-    step = 1 / trained["train"]["steps_per_second"]
-    return Machine(step, time.monotonic() - started - step * PROBE_STEPS, lanes)
+        trained = [probe.result()[-1] for probe in probes]
+    step = max(1 / version["train"]["steps_per_second"] for version in trained)
+    # One more than there are lanes have loaded everything.
+    start = (time.monotonic() - started - step * PROBE_STEPS) * lanes / (lanes + 1)
+    return Machine(step, start, lanes)
 
 
 def train_alone(sites: Sites, steps: int) -> dict[str, list[dict[str, Any]]]:
@@ -91,15 +92,18 @@ def train_alone(sites: Sites, steps: int) -> dict[str, list[dict[str, Any]]]:
     places = {name: sites.site(f"{name}-alone", [name], SITES) for name in SITES}
     places["pooled"] = sites.site("pooled", SITES, SITES)
     print(f"\ntraining {steps} steps at each site alone, and on the pooled passages", flush=True)
-    with ThreadPoolExecutor(lanes) as pool:
+    pool, found = ThreadPoolExecutor(lanes), dict[str, list[dict[str, Any]]]()
+    try:
         begun = {
             name: pool.submit(federation.train_alone, site, run_file, sites.root / INIT, threads(lanes))
             for name, site in places.items()
         }
-        found = {}
         for name, future in begun.items():
             found[name] = future.result()
             print(f"  {name:<10} perplexity {perplexity(found[name]):.2f}", flush=True)
+    finally:
+        # Interrupted, or one failed: the others need not begin.
+        pool.shutdown(cancel_futures=True)
     return found
 
 
@@ -118,7 +122,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Federated LoRA fine-tuning of a language model.")
     parser.add_argument("directory", nargs="?", default=".demo/llm", type=Path)
-    parser.add_argument("--seconds", type=float, default=320, help="how long it may take, about")
+    parser.add_argument("--seconds", type=float, default=300, help="how long it may take, about")
     parser.add_argument("--rounds", type=int, help="instead of as many as there is time for")
     parser.add_argument("--steps", type=int, help="of each site in each round; belongs to --rounds")
     found = parser.parse_args()

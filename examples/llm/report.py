@@ -60,7 +60,8 @@ def report(root: Path, found: Comparison) -> None:
     full = 2 * len(SITES) * (root / MODEL / "model.safetensors").stat().st_size
     console.print(
         f"\nbytes per round  {found.bytes_per_round / 1e6:.1f} MB for three sites' adapters, down and up; "
-        f"the whole model would be {full / 1e6:,.0f} MB"
+        f"the whole model would be {full / 1e6:,.0f} MB",
+        soft_wrap=True,
     )
     plot, adapter = root / "perplexity.png", root / "model"
     draw(plot, found)

@@ -31,6 +31,9 @@ def import_model(
         list[str] | None, typer.Option(help="Pattern of tensors that are buffers, e.g. '*.running_*'.")
     ] = None,
     frozen: Annotated[list[str] | None, typer.Option(help="Pattern of tensors that never change.")] = None,
+    drop: Annotated[
+        list[str] | None, typer.Option(help="Pattern of tensors to leave out, e.g. '*.position_ids'.")
+    ] = None,
     *,
     as_json: Json = False,
     data_dir: DataDir = DATA_DIR,
@@ -46,6 +49,7 @@ def import_model(
                 model_name,
                 buffers=buffer or (),
                 frozen=frozen or (),
+                dropped=drop or (),
                 progress=lambda done, total: progress.update(bar, completed=done, total=total),
             )
 

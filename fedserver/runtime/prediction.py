@@ -63,8 +63,8 @@ class Prediction:
     daemon_memory: int
     """About the peak of a site's daemon."""
     trainer_memory: int
-    """The model, and its largest tensor once more while it is read. The framework, gradients, optimizer and activations
-    are extra; the update is written in windows, and adds nothing."""
+    """The model with its frozen base, and its largest tensor once more while it is read. The framework, gradients,
+    optimizer and activations are extra; the update is written in windows, and adds nothing."""
 
     def serialize(self) -> str:
         """As JSON, for the run's record."""
@@ -135,6 +135,7 @@ def predict(model: Manifest, spec: RunSpec, sites: int, takes: Footprint, *, bul
         checkpoint=checkpoint,
         daemon_memory=DAEMON,
         trainer_memory=sum(t.spec.nbytes for t in model.tensors)
+        + sum(t.spec.nbytes for t in model.base)
         + max((t.spec.nbytes for t in model.tensors), default=0),
     )
 

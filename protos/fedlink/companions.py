@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
-MAX_COMPANIONS = 32
-"""Files beside one model's weights."""
 MAX_COMPANION_BYTES = 128 << 20
 """Bytes in all of them together; the largest tokenizers have a quarter of it."""
 ADAPTER_CONFIG = "adapter_config.json"
@@ -17,15 +13,33 @@ MODEL_WEIGHTS = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 """What transformers calls the list of a model's shards."""
 
-_NAMES = re.compile(
-    r"(config|generation_config|adapter_config|(special_tokens|added_tokens|tokenizer|tokenizer_[a-z_]+)(_map)?"
-    r"|preprocessor_config|processor_config|video_preprocessor_config|feature_extractor_config|vocab|modules"
-    r"|config_sentence_transformers|sentence_bert_config)\.json"
-    r"|(vocab|merges|bpe)\.(txt|codes)|tokenizer\.model|(spiece|sentencepiece(\.bpe)?|source|target)\.(model|spm)"
-    r"|chat_template\.(jinja|json)"
-)
+_NAMES = frozenset(
+    f"{name}.json"
+    for name in (
+        "adapter_config",
+        "added_tokens",
+        "chat_template",
+        "config",
+        "generation_config",
+        "modules",
+        "preprocessor_config",
+        "processor_config",
+        "sentence_bert_config",
+        "special_tokens_map",
+        "tokenizer",
+        "tokenizer_config",
+        "vocab",
+    )
+) | {
+    "chat_template.jinja",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "tokenizer.model",
+    "vocab.txt",
+}
 
 
 def is_companion(name: str) -> bool:
     """Whether a file of this name may travel with a model: data that a loader reads and that holds no code."""
-    return _NAMES.fullmatch(name) is not None
+    return name in _NAMES

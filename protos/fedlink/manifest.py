@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 
 from fedlink.base import BaseTensor
 from fedlink.blobs import DIGEST_SIZE, MAX_BLOB_SIZE, MAX_MANIFEST_SIZE, BlobRef
-from fedlink.companions import MAX_COMPANION_BYTES, MAX_COMPANIONS, is_companion
+from fedlink.companions import MAX_COMPANION_BYTES, is_companion
 from fedlink.errors import FedlinkError, Reason
 from fedlink.tensors import DTYPES, FILE_NAME, Header, Kind, Role, Stored, TensorError, TensorSpec, check_spec
 from fedlink.v1 import types_pb2 as pb
@@ -245,8 +245,8 @@ def _check_beside(m: Manifest) -> None:
     if len(m.base) > MAX_TENSORS or len({b.name for b in m.base}) != len(m.base):
         raise _bad("manifest names a tensor of the base twice, or too many")
     names = {f.name for f in m.companions}
-    if len(names) != len(m.companions) or names & {f.name for f in m.files} or len(names) > MAX_COMPANIONS:
-        raise _bad("manifest names a file beside the model twice, or too many")
+    if len(names) != len(m.companions) or names & {f.name for f in m.files}:
+        raise _bad("manifest names a file beside the model twice")
     if unknown := sorted(n for n in names if not is_companion(n)):
         raise _bad(f"manifest has {unknown[0][:128]!r} beside the model; no file of that name travels with one")
     if sum(f.blob.size for f in m.companions) > MAX_COMPANION_BYTES:

@@ -19,7 +19,7 @@ SITES = {"comedies", "histories", "tragedies"}
 ROUNDS = 2
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(2700)
 @pytest.mark.xdist_group("heavy")
 def test_demo_ends_with_an_adapter_that_beats_those_of_each_site_alone(tmp_path: Path) -> None:
     model = ROOT / ".demo" / "llm" / "smollm2"

@@ -35,7 +35,7 @@ def task_dirs(site: Site) -> list[str]:
 async def test_trains_and_evaluates(server: FakeServer, site: Site, tmp_path: Path) -> None:
     model = add_model(server, tmp_path / "model", start=1.0)
     async with running(site):
-        token = await server.give(train_task(model, settings_json='{"amount": 0.25, "steps": 3}'))
+        token = await server.give(train_task(model, settings_json='{"amount": 0.25, "steps": 3}', rounds=9))
         await server.until(lambda s: s.completed)
         await server.give(evaluate_task(model))
         await server.until(lambda s: len(s.completed) == 2)
@@ -43,6 +43,7 @@ async def test_trains_and_evaluates(server: FakeServer, site: Site, tmp_path: Pa
     assert (trained.token, trained.num_examples, trained.steps) == (token, 7, 3)
     assert values(server, trained) == {"w": [0.75] * 4, "b": [0.75] * 2}
     assert dict(trained.metrics) == {"loss": 0.5}  # "secret" stays
+    assert [line.split()[3] for line in site.trained] == ["9"]
     assert evaluated.num_examples == 5
     assert dict(evaluated.metrics) == {"accuracy": 1.0}
     assert not evaluated.HasField("update")

@@ -207,5 +207,18 @@ def test_layout_is_canonical_and_frozen_shards_are_linked(tmp_path, monkeypatch)
     assert raw_tensors(tmp_path / "out" / "m.safetensors") == raw_tensors(*files(stepped))
 
 
+def test_what_lay_beside_a_model_goes_along_unless_one_file_is_asked_for(tmp_path):
+    (tmp_path / "m").mkdir()
+    with ShardWriter(tmp_path / "m" / "model.safetensors", [TensorSpec("a", "U8", (1,), Role.BUFFER)]) as out:
+        out.write("a", b"x")
+    for name in ("config.json", "evil.py"):
+        (tmp_path / "m" / name).write_text("{}")
+    model = import_model(tmp_path / "m", tmp_path / "0")
+    export_model(model, tmp_path / "out")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"model.safetensors", "config.json"}
+    export_model(model, tmp_path / "out.safetensors")
+    assert raw_tensors(tmp_path / "out.safetensors") == raw_tensors(tmp_path / "m" / "model.safetensors")
+
+
 def files(model: LocalModel):
     return [model.directory / name for name, _ in model.shards]

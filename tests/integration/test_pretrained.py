@@ -174,6 +174,27 @@ def test_what_peft_saved_elsewhere_is_taken_in_and_merged(tmp_path):
     same(LOAD(tmp_path / "merged"), adapted.merged(), rtol=1e-6, atol=1e-6)
 
 
+def test_a_head_on_a_frozen_body_is_merged_without_peft(tmp_path):
+    torch.manual_seed(3)
+    BertModel(BertConfig(**BERT)).save_pretrained(tmp_path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    model.requires_grad_(False)
+    for part in (model.classifier, model.bert.encoder.layer[1]):
+        part.requires_grad_(True)
+    state = state_of(model, frozen_base=True)
+    (tmp_path / "head").mkdir()
+    write_model(state, tmp_path / "head" / "adapter_model.safetensors", OwnBase(state).tensors(lambda: None))
+    model.config.save_pretrained(tmp_path / "head")
+    taken = taken_in(tmp_path / "head")
+    assert {n.split(".layer.1.")[0] for n in taken.manifest.by_name} == {
+        "classifier.weight",
+        "classifier.bias",
+        "bert.encoder",
+    }
+    written(taken, tmp_path / "merged", tmp_path / "base")
+    same(AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged"), model)
+
+
 def test_only_the_run_s_base_is_merged_into(tmp_path):
     adapted = Adapted(tmp_path, llama(), LOAD, {"r": 2, "target_modules": ["q_proj"]})
     model = taken_in(adapted.ours)

@@ -134,6 +134,13 @@ async def test_settings_travel_as_short_as_they_were_checked(fed: tuple[Any, Adm
     assert len(task.settings_json.encode()) < 64 << 10
 
 
+async def test_a_task_says_how_many_rounds_the_run_has_now(fed: tuple[Any, Admin]):
+    site, admin = fed
+    await begin(admin, rounds=2)
+    await admin.call(admin.stub.ExtendRun, admin_pb.ExtendRunRequest(run="r", rounds=5))
+    assert (await poll(site, await join(site))).task.rounds == 5
+
+
 async def test_a_site_has_no_say_on_the_operators_listener(fed: tuple[Any, Admin]):
     _, admin = fed
     for metadata in ([(rpc.META_CLIENT, "a")], [(rpc.META_AUTHORIZATION, "Bearer x")]):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import get_args
 
@@ -13,7 +15,10 @@ from pydantic import BaseModel
 
 import fedlink
 from fedclient.settings import SiteSettings, load_site
+from fedclient.text_settings import CausalSettings, ClassificationSettings
 from fedclient.trainer import derive_seed
+from fedclient.trainer.text.causal_lm import CausalLm
+from fedclient.trainer.text.classification import SequenceClassification
 from fedclient.trainer.wire import JobKind
 from fedlink import failpoints
 from fedlink.blobs import DIGEST_SIZE, blob_digest, chunk_digests_of, ref_of
@@ -77,6 +82,25 @@ def test_every_key_has_its_row_in_its_table_and_no_other(name: str, model: type[
     for table, keys in tables(model):
         documented = {cells[0].strip("`") for cells in rows(parts[table]) if len(cells) == 4}
         assert documented == keys, f"{name} [{table}]"
+
+
+def test_every_key_of_the_built_in_workloads_has_its_row() -> None:
+    part = sections(page("site-file.md"))["workload.data"]
+    documented = {cells[0].strip("`") for cells in rows(part) if len(cells) == 4}
+    assert documented == set(CausalSettings.model_fields) | set(ClassificationSettings.model_fields)
+
+
+def test_every_setting_of_the_built_in_workloads_is_in_the_page_with_its_default() -> None:
+    part = page("training.md").partition("### What a run may set")[2].partition("\n### ")[0]
+    documented: dict[str, str] = {}
+    for names, defaults, _ in rows(part):
+        documented |= zip(names.replace("`", "").split(", "), defaults.replace("`", "").split(", "), strict=True)
+    found = {
+        field.name: field.default for kind in (CausalLm, SequenceClassification) for field in fields(kind.Settings)
+    }
+    assert set(documented) == set(found)
+    for name, default in found.items():
+        assert json.loads(documented[name].replace("none", "[]")) == json.loads(json.dumps(default)), name
 
 
 @pytest.mark.parametrize("name", ["run-file.md", "site-file.md", "server-file.md"])

@@ -324,3 +324,13 @@ def test_tensors_of_several_windows(tmp_path):
     model = converted(path)
     assert contents(f.path for f in model.files)["big"][2] == big.tobytes()
     assert model.files[0].entry.blob == ref_of(model.files[0].path.read_bytes())
+
+
+def test_tensors_that_nobody_needs_are_left_out(tmp_path):
+    tensors = [T.of("w", "F32", [1, 2]), T.of("a.position_ids", "I64", [0, 1])]
+    path = source(tmp_path / "m.safetensors", tensors, {"tied": "a.position_ids", "v": "w"})
+    model = converted(path, dropped=["*.position_ids"])
+    assert model.manifest.by_name.keys() == {"w"}
+    assert model.manifest.aliases == {"v": "w"}
+    with pytest.raises(FedlinkError, match="matches no tensor"):
+        converted(path, dropped=["x*"])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fedlink.base import BaseTensor
 from fedlink.manifest import Manifest
 from fedlink.run_file import RunSpec
 from fedlink.tensors import Kind, Role
@@ -114,6 +116,8 @@ def test_what_a_site_takes(model: Manifest) -> None:
     assert p.checkpoint == data + 1000 * 4 + 300 * 2
     assert p.site_disk == p.bytes_down_first + 2 * p.checkpoint
     assert p.trainer_memory == data + 5000 * 4 + 5000 * 4
+    base = BaseTensor("base", "BF16", (1000, 50), bytes(32))
+    assert predicted(replace(model, base=(base,)), spec()).trainer_memory == p.trainer_memory + 2 * 50_000
     gradient = predicted(model, spec(strategy="fedsgd", server_optimizer={"learning_rate": 1.0}))
     assert gradient.checkpoint == 0
     assert gradient.site_disk == gradient.bytes_down_first + gradient.bytes_up

@@ -24,7 +24,7 @@ COMMANDS = {
     "fedserver drain": "--data-dir --json --timeout",
     "fedserver health": "--data-dir --json",
     "fedserver model export": "--base --data-dir --json --merge DIRECTORY NAME",
-    "fedserver model import": "--buffer --data-dir --frozen --json --name SOURCE",
+    "fedserver model import": "--buffer --data-dir --drop --frozen --json --name SOURCE",
     "fedserver model list": "--data-dir --json",
     "fedserver model pin": "--data-dir NAME",
     "fedserver model unpin": "--data-dir NAME",

@@ -181,7 +181,10 @@ class FineTuning(Workload):
             model = lora.with_adapters(base, self.lora, self.task)
             self._adapter_file = lora.adapter_file(model, Path(str(self.site.options["model"])).name)
         if self.precision.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # What newer and older releases of transformers call it.
+            names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+            enable = next(getattr(model, name) for name in names if hasattr(model, name))
+            enable({"use_reentrant": False})
         return model
 
     def tensor_names(self, model: Any) -> Mapping[str, str]:

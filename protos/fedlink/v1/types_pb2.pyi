@@ -469,9 +469,9 @@ class Manifest(_message.Message):
     @_builtins.property
     def companions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Manifest.File]:
         """What tools want beside the weights to load them: config, tokenizer and
-        templates. Of the names that docs/protocol.md lists, unlike any in files; at
-        most 32, and 128 MiB together. For export only: a site has its own, and no
-        task gives it the right to read them. Empty in updates.
+        templates. Each of another of the names that docs/protocol.md lists; at most
+        128 MiB together. For export only: a site has its own, and no task gives it
+        the right to read them. Empty in updates.
         """
 
     def __init__(

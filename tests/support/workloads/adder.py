@@ -31,7 +31,7 @@ class Adder(Workload):
     def train(self, model: Any, ctx: Context) -> None:
         control = self.site.path("control")
         with (control / "trained").open("a") as f:
-            f.write(f"{ctx.run} {ctx.round} {os.getpid()}\n")
+            f.write(f"{ctx.run} {ctx.round} {os.getpid()} {ctx.rounds}\n")
         for i in ctx.steps(ctx.settings.steps):
             with (control / "steps").open("a") as f:
                 f.write(f"{i}\n")
