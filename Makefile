@@ -38,6 +38,12 @@ demo-llm: $(STAMP) ## Three sites fine-tune a language model by LoRA: samples, c
 reproduce-heart: $(STAMP) ## FLamby's accuracies on Fed-Heart-Disease, beside its own (a minute or two)
 	@$(BIN)/python -m examples.heart.reproduce .demo/reproduce
 
+demo-classify: $(STAMP) ## Three sites fine-tune a text classifier, every parameter: comparison, plot (SECONDS=300)
+	@$(BIN)/python -m examples.classify.demo $(if $(SECONDS),--seconds $(SECONDS)) .demo/classify
+
+reproduce-r8: $(STAMP) ## Reuters R8 over four sites: federated, alone, pooled (up to 45 minutes; SEEDS=1,2,3 FULL=1)
+	@$(BIN)/python -m examples.classify.reproduce $(if $(SEEDS),--seeds $(SEEDS)) $(if $(FULL),--full) .demo/reproduce-r8
+
 demo-compose: $(DEMO_STAMP) ## The same in containers, docker or podman (KILL=1: the server and a site are killed)
 	@$(dir $(DEMO_STAMP))bin/python deploy/demo_compose.py .demo/compose $(if $(KILL),--kill)
 
@@ -117,4 +123,4 @@ constraints: ## Pin what .venv holds now
 clean: ## Remove what the demo and the tools wrote, not .venv
 	@rm -rf .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
-.PHONY: help install demo demo-llm demo-compose reproduce-heart test test-slow fault bench bench-smoke bench-round check check-protos protos generate baseline format constraints clean test-gpu
+.PHONY: help install demo demo-llm demo-classify demo-compose reproduce-heart reproduce-r8 test test-slow fault bench bench-smoke bench-round check check-protos protos generate baseline format constraints clean test-gpu

@@ -73,7 +73,12 @@ class Federation:
 
 
 def train_alone(
-    site: Path, run_file: Path, init: Path | None, environ: Mapping[str, str] | None = None
+    site: Path,
+    run_file: Path,
+    init: Path | None,
+    environ: Mapping[str, str] | None = None,
+    *,
+    output: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Train at one site without a server; returns what `train-local --json` says of every version.
 
@@ -82,9 +87,11 @@ def train_alone(
         run_file: rounds and settings.
         init: the weights to begin with; None: what the class builds.
         environ: goes over this process's environment.
+        output: where to write the last version.
     """
     command = ["fedclient", "train-local", "--config", str(site), "--settings", str(run_file), "--json"]
     command += ["--model", str(init)] if init else []
+    command += ["--output", str(output)] if output else []
     done = subprocess.run(
         program(command), check=False, capture_output=True, text=True, env={**os.environ, **(environ or {})}
     )

