@@ -81,7 +81,8 @@ class Course:
     @property
     def bytes_per_round(self) -> int:
         """Down and up, all sites together."""
-        return round(statistics.mean(r["bytes_down"] + r["bytes_up"] for r in self.rounds))
+        moved: list[int] = [r["bytes_down"] + r["bytes_up"] for r in self.rounds]
+        return round(statistics.mean(moved))
 
 
 def main(root: Path, seconds: float) -> None:
@@ -144,7 +145,7 @@ def affordable_steps(sites: Sites, init: Path, seconds: float) -> int:
     with ThreadPoolExecutor(lanes) as pool:
         step: float = max(pool.map(measure, NAMES[:lanes]))
     start = max(0.0, time.monotonic() - began - PROBE * step)
-    steps: int = plan(seconds, step, start, lanes)
+    steps = plan(seconds, step, start, lanes)
     print(f"a step of {BATCH} texts takes {step:.2f} s here: {ROUNDS} rounds of {steps} steps at each site", flush=True)
     return steps
 
