@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml deploy/constraints.txt
 demo: $(STAMP) ## Four hospitals train one model: server, four daemons, comparison, plot
 	@$(BIN)/python -m examples.heart.demo .demo/heart
 
-demo-llm: $(STAMP) ## Three sites fine-tune a language model by LoRA: samples, comparison, plot (SECONDS=300)
+demo-llm: $(STAMP) ## Three sites fine-tune a language model by LoRA: samples, comparison, plot (SECONDS=320)
 	@$(BIN)/python -m examples.llm.demo $(if $(SECONDS),--seconds $(SECONDS)) .demo/llm
 
 reproduce-heart: $(STAMP) ## FLamby's accuracies on Fed-Heart-Disease, beside its own (a minute or two)

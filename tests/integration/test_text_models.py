@@ -89,6 +89,13 @@ def test_the_directory_loads_bit_for_bit_and_stays_tied(home: Path, tmp_path: Pa
     assert str(tmp_path) not in (tmp_path / "out" / "config.json").read_text()
 
 
+def test_a_bodys_config_becomes_the_classifiers(home: Path):
+    found = classifier(home)
+    assert found.config.architectures == ["BertModel"]
+    built(found)
+    assert json.loads(found.model_files()["config.json"])["architectures"] == ["BertForSequenceClassification"]
+
+
 def test_a_classifiers_head_is_new_and_the_runs(home: Path):
     one, same, other = (built(classifier(home), seed) for seed in (1, 1, 2))
     assert weights(one) == weights(same)

@@ -183,6 +183,8 @@ class FineTuning(Workload):
         if self.lora is None:
             model = self.pretrained.model(self.kind, self.config, dtype, new_head=self.new_head)
             choose_parameters(model, self.parameters)
+            # With a new head it is another kind of model than its directory says.
+            self.config.architectures = [type(model).__name__]
         else:
             # The base is the same for every run, whatever its seed: its digests say so.
             with torch.random.fork_rng(devices=[]):
