@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from _pytest.mark import ParameterSet
 
 from fedlink import failpoints
 from tests.fault.case import Case, Kill, run_case, unmet
@@ -33,8 +34,26 @@ def whole() -> list[Arrays]:
     return undisturbed(ROUNDS)
 
 
+SEVERAL_AT_ONCE = {
+    "nothing-happens",
+    "server-thrice",
+    "server-in-each-round",
+    "all-sites",
+    "everybody",
+    "in-the-same-instant",
+    "cut-and-killed",
+}
+"""Whose faults come one by one in other cases, too; left to `make test-slow`."""
+
+
+def cases_in_order() -> list[ParameterSet]:
+    """The fixed set."""
+    slow = [pytest.mark.slow]
+    return [pytest.param(c, id=c.name, marks=slow if c.name in SEVERAL_AT_ONCE else []) for c in fixed()]
+
+
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("case", fixed(), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", cases_in_order())
 def test_nothing_is_lost(case: Case, ground: Path, prepared: Path, whole: list[Arrays]) -> None:
     root = ground / case.name
     outcome = run_case(case, root, prepared, whole)
@@ -52,6 +71,9 @@ def test_the_fixed_set_is_whole() -> None:
     assert points == {*failpoints.SERVER, *failpoints.CLIENT, *failpoints.TRAINER}
     assert len(cases) >= 40
     assert sum(bool(case.torch) for case in cases) >= 5
+    assert {case.name for case in cases} >= SEVERAL_AT_ONCE
+    alone = {f.point for c in cases if c.name not in SEVERAL_AT_ONCE for f in c.faults if isinstance(f, Kill)}
+    assert alone == points
 
 
 def test_a_campaign_is_the_same_for_the_same_seed() -> None:

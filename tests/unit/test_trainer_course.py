@@ -116,7 +116,7 @@ def build() -> dict[str, Any]:
     return {"w": np.ones(3, np.float32), "v": np.zeros((2, 2), np.float32)}
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(PLANS, st.lists(st.integers(0, 12), max_size=3))
 def test_interrupted_anywhere_it_gives_the_same_bits(plans: list[Plan], ends: list[int]) -> None:
     whole = Training(plans)

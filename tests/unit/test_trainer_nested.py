@@ -125,7 +125,7 @@ def nested(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     )
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.recursive(PLAIN | arrays() | tensors() | SCALARS, nested, max_leaves=8))
 def test_every_value_comes_back_as_it_was(value: Any) -> None:
     assert same(through_a_file(value), value)
