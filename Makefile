@@ -55,10 +55,13 @@ demo-compose: $(DEMO_STAMP) ## The same in containers, docker or podman (KILL=1:
 	@touch $@
 
 test: $(STAMP) ## Run the tests (under 10 minutes on 2 cores)
-	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup -m "not slow"
+	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup -m "not slow and not demos"
 
 test-slow: $(STAMP) ## Run those that take longer: demo, published numbers, doctor, slow lines, disks, certificates
 	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup -m slow
+
+test-demos: $(STAMP) ## Run the demos of the text workloads at their smallest, and look at the results (half an hour)
+	@$(BIN)/python -m pytest -q -m demos -rs
 
 test-gpu: $(STAMP) ## Run those that need an accelerator; skipped, and said so, where there is none
 	@$(BIN)/python -m pytest -q -m gpu -rs
@@ -123,4 +126,4 @@ constraints: ## Pin what .venv holds now
 clean: ## Remove what the demo and the tools wrote, not .venv
 	@rm -rf .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
-.PHONY: help install demo demo-llm demo-classify demo-compose reproduce-heart reproduce-r8 test test-slow fault bench bench-smoke bench-round check check-protos protos generate baseline format constraints clean test-gpu
+.PHONY: help install demo demo-llm demo-classify demo-compose reproduce-heart reproduce-r8 test test-slow fault bench bench-smoke bench-round check check-protos protos generate baseline format constraints clean test-gpu test-demos

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.demos
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["site-1", "site-2", "site-3"]
