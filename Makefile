@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml deploy/constraints.txt
 demo: $(STAMP) ## Four hospitals train one model: server, four daemons, comparison, plot
 	@$(BIN)/python -m examples.heart.demo .demo/heart
 
-demo-llm: $(STAMP) ## Three sites fine-tune a language model by LoRA: samples, comparison, plot (SECONDS=320)
+demo-llm: $(STAMP) ## Three sites fine-tune a language model by LoRA: samples, comparison, plot (SECONDS=300)
 	@$(BIN)/python -m examples.llm.demo $(if $(SECONDS),--seconds $(SECONDS)) .demo/llm
 
 reproduce-heart: $(STAMP) ## FLamby's accuracies on Fed-Heart-Disease, beside its own (a minute or two)
@@ -54,7 +54,7 @@ demo-compose: $(DEMO_STAMP) ## The same in containers, docker or podman (KILL=1:
 		-c deploy/constraints.txt -e '.[server,demo]'
 	@touch $@
 
-test: $(STAMP) ## Run the tests (under 10 minutes on 2 cores)
+test: $(STAMP) ## Run the tests (about 10 minutes on 2 cores)
 	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup -m "not slow and not demos"
 
 test-slow: $(STAMP) ## Run those that take longer: demo, published numbers, doctor, slow lines, disks, certificates

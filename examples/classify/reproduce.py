@@ -3,7 +3,7 @@
     python -m examples.classify.reproduce [--seeds 1,2] [--full] [DIRECTORY]
 
 From each seed follow the sites' shares of each topic (Dirichlet(0.5)), the new head of MiniLM and the order of the
-texts. Its last two layers and the head train; with `--full` every parameter does, which takes three times as long.
+texts. Its last two layers and the head train; with `--full` every parameter does, which takes about twice as long.
 docs/reproduction.md has the protocol. The last line is `result {json}`; the exit code is 1 if the federated accuracy
 is on the mean more than 1.5 points below the pooled one, or not above that of the sites alone.
 """

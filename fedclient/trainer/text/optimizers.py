@@ -29,17 +29,34 @@ class Wanted(Protocol):
     """What a run's settings say of the optimizer."""
 
     @property
-    def optimizer(self) -> Name: ...  # noqa: D102 - named as the settings are
+    def optimizer(self) -> Name:
+        """Which one."""
+        ...
+
     @property
-    def learning_rate(self) -> float: ...  # noqa: D102
+    def learning_rate(self) -> float:
+        """The rate that it begins with."""
+        ...
+
     @property
-    def weight_decay(self) -> float: ...  # noqa: D102
+    def weight_decay(self) -> float:
+        """Of what is not spared."""
+        ...
+
     @property
-    def momentum(self) -> float: ...  # noqa: D102
+    def momentum(self) -> float:
+        """Of those that have one."""
+        ...
+
     @property
-    def beta1(self) -> float: ...  # noqa: D102
+    def beta1(self) -> float:
+        """Of the Adam family, as `beta2`."""
+        ...
+
     @property
-    def beta2(self) -> float: ...  # noqa: D102
+    def beta2(self) -> float:
+        """See `beta1`."""
+        ...
 
 
 def make_optimizer(model: torch.nn.Module, wanted: Wanted) -> torch.optim.Optimizer:

@@ -13,6 +13,9 @@ Part = tuple[str, bool]
 """A text, and whether it is learned."""
 
 
+_NO_CHAT = "a chat is a list of objects with role and content, both texts"
+
+
 class ChatTokenizer(Protocol):
     """What is used of a tokenizer here."""
 
@@ -115,11 +118,17 @@ def messages_of(value: Any) -> list[dict[str, str]]:
     Raises:
         DataError: it is none.
     """
-    if isinstance(value, list) and value:
-        found = [{"role": m.get("role"), "content": m.get("content")} for m in value if isinstance(m, dict)]
-        if len(found) == len(value) and all(isinstance(v, str) for m in found for v in m.values()):
-            return found  # type: ignore[return-value]  # just looked at
-    raise DataError("a chat is a list of objects with role and content, both texts")
+    found = [_message(m) for m in value] if isinstance(value, list) else []
+    if not found:
+        raise DataError(_NO_CHAT)
+    return found
+
+
+def _message(value: Any) -> dict[str, str]:
+    match value:
+        case {"role": str(role), "content": str(content)}:
+            return {"role": role, "content": content}
+    raise DataError(_NO_CHAT)
 
 
 def as_text(value: Any) -> str:
