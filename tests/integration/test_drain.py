@@ -70,6 +70,18 @@ async def test_an_update_that_comes_in_may_arrive_and_be_judged_and_no_other_is_
     assert [t.state for t in await fed.tasks(run)] == ["accepted", "pending"]
 
 
+async def test_a_site_that_still_computes_is_not_waited_for_whatever_parts_it_has_sent(fed: Server):
+    await fed.join("a")
+    await fed.create(**ONE, **QUIET)
+    task = await fed.task("a")
+    await fed.upload(Caller("a", operator=False), TaskPurpose(task.token), b"what was written first")
+    task.activity = "uploading"
+    assert fed.engine.under_way().uploads == ("a",)
+    task.activity = "computing"
+    fed.engine.drain()
+    await drained(fed)
+
+
 async def test_the_version_that_is_being_made_is_committed_and_no_round_begins(fed: Server, monkeypatch: Any):
     await fed.join("a")
     run = await fed.create(rounds=2, **ONE, **QUIET)

@@ -199,6 +199,13 @@ def classified(rows: list[dict[str, Any]], size: int = 99, **options: Any) -> Co
     )
 
 
+def test_reading_much_is_no_silence(tmp_path: Path):
+    signs: list[int] = []
+    path = write_jsonl(tmp_path / "long.jsonl", [{"text": "x"}] * 1100)
+    rows = list(located([path], ["text"], lambda: signs.append(1)))
+    assert (len(rows), len(signs)) == (1100, 2)
+
+
 def test_a_label_that_is_called_by_a_number_may_be_written_as_one():
     stars = {"1": 0, "2": 1, "3": 2}
     assert [class_number(value, stars) for value in ("1", 1, "3", 3)] == [0, 0, 2, 2]
