@@ -140,8 +140,7 @@ class Line:
 
     def __enter__(self) -> Self:
         self._thread.start()
-        self._do(self._begin(self._accept()))
-        self._do(self._begin(self._watch()))
+        self._do(self._open())
         return self
 
     def __exit__(
@@ -258,12 +257,18 @@ class Line:
 
     # --- On the loop
 
-    async def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _open(self) -> None:
+        # Not sock_accept: cancelled at the wrong moment it loses the socket that it has just accepted.
+        self._loop.add_reader(self._listener, self._accept)
+        self._begin(self._watch())
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _close(self) -> None:
+        self._loop.remove_reader(self._listener)
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -271,14 +276,16 @@ class Line:
             connection.close()
         self._listener.close()
 
-    async def _accept(self) -> None:
-        while True:
-            near, _ = await self._loop.sock_accept(self._listener)
-            near.setblocking(False)
-            if self._refuses():
-                _close(near, "rst")
-                continue
-            await self._begin(self._serve(self._connection(near)))
+    def _accept(self) -> None:
+        try:
+            near, _ = self._listener.accept()
+        except OSError:
+            return  # the client has given up
+        near.setblocking(False)
+        if self._refuses():
+            _close(near, "rst")
+        else:
+            self._begin(self._serve(self._connection(near)))
 
     def _refuses(self) -> bool:
         if self._refusal is None:
