@@ -124,7 +124,7 @@ class Loader:
     def _load_shard(self, shard: Shard, names_of: Mapping[str, list[str]], alive: Alive) -> None:
         self._shards.pop(shard.path.name, None)
         identity = shard.identity()
-        with shard.path.open("rb") as f:
+        with shard.path.open("rb") as f, self._state.at_rest():
             for stored in shard.tensors:
                 alive()
                 self._state.assign(stored.spec, names_of[stored.spec.name], _filler(f.fileno(), stored))
@@ -181,7 +181,7 @@ def write_update(
         path = out_dir / shard_name(index, len(shards), UPDATE_STEM)
         kept = write is Write.WEIGHTS
         specs = {t.spec.name: t.spec if kept else update_spec(t.spec, update_dtype) for t in shard.changing}
-        with ShardWriter(path, _aligned(specs.values())) as writer, shard.path.open("rb") as f:
+        with ShardWriter(path, _aligned(specs.values())) as writer, shard.path.open("rb") as f, state.at_rest():
             for stored in shard.changing:
                 alive()
                 at = 0
@@ -202,7 +202,7 @@ def write_model(state: State, path: Path, base: Sequence[BaseTensor] = ()) -> No
     """
     specs, aliases = state.specs()
     metadata = {**aliases, **roles_metadata(specs, aliases), **base_metadata(base)}
-    with ShardWriter(path, _aligned(specs), metadata) as writer:
+    with ShardWriter(path, _aligned(specs), metadata) as writer, state.at_rest():
         for spec in specs:
             at = 0
             for view in state.encoded(spec, Write.WEIGHTS, spec.dtype, _no_start, None):

@@ -53,6 +53,10 @@ class State(Protocol):
         """Undo what an earlier job may have left behind besides values, and make ready for the next."""
         ...
 
+    def at_rest(self) -> AbstractContextManager[object]:
+        """Holds while nothing but this object changes the model: which tensors there are is found out only once."""
+        ...
+
     def assign(self, spec: TensorSpec, names: Sequence[str], fill: Fill) -> None:
         """Give a tensor its value, and tie `names` (the first is the tensor's own)."""
         ...
@@ -194,6 +198,10 @@ class NumpyState:
     def begin(self, *, training: bool, device: str, frozen: Collection[str]) -> None:  # noqa: ARG002 - torch's alone
         """Nothing to undo: `assign` gives every array its value."""
         self._frozen = frozen
+
+    def at_rest(self) -> AbstractContextManager[object]:
+        """See `State`: a dict is looked up quickly anyway."""
+        return nullcontext()
 
     def assign(self, spec: TensorSpec, names: Sequence[str], fill: Fill) -> None:
         """See `State`. The array that is there is used again, unless somebody besides the model holds it."""

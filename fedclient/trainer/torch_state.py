@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,7 @@ class TorchState:
         kept = model.state_dict(keep_vars=True)
         self._base = frozenset(n for n in kept if frozen_base and not self._trainable.get(n, True))
         self._names = dict(names or {})
+        self._at_rest: dict[str, torch.Tensor] | None = None
         _check_names(self._names, kept, self._base)
         self._tensors()
         self._unkept = {name: b.clone() for name, b in model.named_buffers() if name not in kept}
@@ -102,6 +103,15 @@ class TorchState:
         for name, value in self._unkept.items():
             if name in buffers:
                 buffers[name].copy_(value)
+
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """See `State`: walking through the modules of a large model takes long."""
+        self._at_rest = self._tensors()
+        try:
+            yield
+        finally:
+            self._at_rest = None
 
     def assign(self, spec: TensorSpec, names: Sequence[str], fill: Fill) -> None:
         """See `State`."""
@@ -208,6 +218,8 @@ class TorchState:
             module.training = name in training
 
     def _tensors(self) -> dict[str, torch.Tensor]:
+        if self._at_rest is not None:
+            return self._at_rest
         tensors = self._model.state_dict(keep_vars=True)
         for name, tensor in tensors.items():
             if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or tensor.is_meta:

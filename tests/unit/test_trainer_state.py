@@ -171,6 +171,32 @@ def test_what_is_there_is_not_loaded_again(tmp_path):
     assert torch.equal(net[1].weight, torch.full((2, 2), 3.0))
 
 
+class Walked(torch.nn.Sequential):
+    walks = 0
+
+    def state_dict(self, *args, **kwargs):
+        self.walks += 1
+        return super().state_dict(*args, **kwargs)
+
+
+def test_a_model_is_walked_through_as_often_however_many_tensors_it_has(tmp_path):
+    walks = []
+    for layers in (2, 20):
+        net = Walked(*(torch.nn.Linear(2, 2) for _ in range(layers)))
+        state = TorchState(net)
+        model = directory_of(state, tmp_path / f"m{layers}")
+        loader = Loader(state)
+        net.walks = 0
+        loader.load(model, "", alive)
+        net[1] = torch.nn.Linear(2, 2)
+        with torch.no_grad():
+            net[1].weight.fill_(7)
+        (path,) = update(state, model, tmp_path / f"u{layers}", Write.WEIGHTS)
+        assert (arrays(path)["1.weight"] == 7).all(), "what training put there counts, not what was there before"
+        walks.append(net.walks)
+    assert walks[0] == walks[1]
+
+
 def test_leftovers_of_a_job_are_undone():
     net = torch.nn.BatchNorm1d(2)
     net.register_buffer("scratch", torch.zeros(2), persistent=False)
