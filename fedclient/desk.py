@@ -247,7 +247,8 @@ class Desk:
         return [self._works[token] for token in self._running]
 
     def _say_dropped(self, workload: str, metric: str) -> None:
-        if (workload, metric) not in self._said:
+        # That a site keeps what its data are like is the rule, and no news.
+        if not metric.startswith("data.") and (workload, metric) not in self._said:
             self._said.add((workload, metric))
             self._log.warning(
                 "kept a metric on this site",

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fedclient.launch import Description, Job, JobKind, Progress, Result, Trainer, TrainerFailed, Write
-from fedclient.local_files import LocalModel, as_directory, export_model, import_model, next_version
+from fedclient.local_files import (
+    LocalModel,
+    as_directory,
+    check_same_adapter,
+    export_model,
+    import_model,
+    next_version,
+)
 from fedclient.policy import Terms
 from fedclient.settings import SiteSettings
 from fedlink.companions import ADAPTER_WEIGHTS
@@ -98,18 +105,31 @@ async def train_local(
     return LocalRun(spec.workload, site.name, len(versions) - 1, tuple(versions), output, _best(spec, versions))
 
 
-async def init_model(site: SiteSettings, workload: str, output: Path, seed: int = 0) -> Path:
+async def init_model(
+    site: SiteSettings, workload: str, output: Path, seed: int = 0, *, weights: Path | None = None
+) -> Path:
     """Write the model that a workload's class builds with a seed.
 
     It is one safetensors file; a directory, if there are files that belong beside the weights, or a frozen base that
     they stand on.
 
+    Args:
+        site: the site.
+        workload: which one.
+        output: where it goes.
+        seed: what the class draws from.
+        weights: a safetensors file or a directory whose values the tensors get, instead of those drawn: an adapter
+            that peft saved elsewhere, for example.
+
     Raises:
-        FedlinkError: BAD_CONFIG: no such workload, its class cannot be used, or a directory is called like a file;
-            FAILED: building it failed.
+        FedlinkError: BAD_CONFIG: no such workload, its class cannot be used, a directory is called like a file, or
+            the weights are none or for another adapter; FAILED: building it failed, or the weights do not fit.
     """
     async with _trainer(site, workload) as (trainer, scratch):
-        start = await _failures_named(_init(trainer, scratch / "init", seed), trainer)
+        given = await asyncio.to_thread(import_model, weights, scratch / "given") if weights else None
+        start = await _failures_named(_init(trainer, scratch / "init", seed, given), trainer)
+        if weights and start.is_dir():
+            check_same_adapter(weights, start, workload)
         await asyncio.to_thread(_move, start, output)
     return output
 
@@ -184,10 +204,11 @@ async def _trainer(site: SiteSettings, workload: str) -> AsyncIterator[tuple[Tra
         await trainer.close()
 
 
-async def _init(trainer: Trainer, out: Path, seed: int) -> Path:
+async def _init(trainer: Trainer, out: Path, seed: int, weights: LocalModel | None = None) -> Path:
     """What the class builds: a file, or the directory of several."""
     await asyncio.to_thread(out.mkdir)
-    result = await trainer.run(Job(JobKind.INIT, seed=seed, out_dir=out), _unheard)
+    given = weights.directory if weights else None
+    result = await trainer.run(Job(JobKind.INIT, seed=seed, model_dir=given, out_dir=out), _unheard)
     alone = len(result.files) == 1 and result.files[0].name != ADAPTER_WEIGHTS
     return result.files[0] if alone else out
 

@@ -52,13 +52,17 @@ def init_model(
     output: Annotated[Path, typer.Option("-o", "--output", help="The .safetensors file, or the directory, to write.")],
     config: Config = Path("site.toml"),
     seed: Annotated[int, typer.Option(help="Seeds the generators just before the model is built.", min=0)] = 0,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Take the values from this .safetensors file, or directory of a model or an adapter."),
+    ] = None,
     *,
     as_json: Json = False,
 ) -> None:
     """Write the model that a workload's class builds, to start a run from."""
     from fedclient import local  # noqa: PLC0415 - as above
 
-    path = asyncio.run(local.init_model(load_site(config), workload, output, seed))
+    path = asyncio.run(local.init_model(load_site(config), workload, output, seed, weights=weights))
     if as_json:
         typer.echo(json.dumps({"workload": workload, "seed": seed, "path": str(path)}))
     else:

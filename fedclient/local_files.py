@@ -32,6 +32,9 @@ from fedlink.tensors import (
 )
 
 _WINDOW = 1 << 20
+_ADAPTER_CONFIG = "adapter_config.json"
+_COMPUTED_BY = ("peft_type", "r", "lora_alpha", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
+"""Entries of adapter_config.json that decide what the weights mean."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,32 @@ def import_model(source: Path, target: Path) -> LocalModel:
     model = LocalModel(target, tuple(zip(names, map(tuple, shards), strict=True)), aliases, base, companions)
     _describe(model)
     return model
+
+
+def check_same_adapter(source: Path, built: Path, workload: str) -> None:
+    """Compare what two directories' adapter_config.json say of how an adapter is computed; the weights do not tell.
+
+    Args:
+        source: where weights came from; without such a file nothing is known, and nothing is checked.
+        built: what `fedclient init-model` wrote.
+        workload: whose table of site.toml is to be mended.
+
+    Raises:
+        FedlinkError: BAD_CONFIG: they differ, or the file is none.
+    """
+    theirs, ours = (directory / _ADAPTER_CONFIG for directory in (source, built))
+    if not (theirs.is_file() and ours.is_file()):
+        return
+    try:
+        one, other = (json.loads(path.read_text(encoding="utf-8")) for path in (theirs, ours))
+        differs = [key for key in _COMPUTED_BY if one.get(key) != other.get(key)]
+    except (OSError, ValueError, AttributeError) as e:
+        raise FedlinkError(Reason.BAD_CONFIG, f"{theirs} cannot be read: {e}") from None
+    if differs:
+        said = ", ".join(f"{key} {one.get(key)} instead of {other.get(key)}" for key in differs)
+        raise FedlinkError(
+            Reason.BAD_CONFIG, f"the adapter in {source} has {said}: say the same in [workload.{workload}.lora]"
+        )
 
 
 def next_version(model: LocalModel, files: Sequence[Path], target: Path, step: float | None) -> LocalModel:

@@ -57,7 +57,8 @@ class JobKind(enum.StrEnum):
     EVALUATE = "evaluate"
     """Measure."""
     INIT = "init"
-    """Build the model from the seed, and write it and what belongs beside it: the weights are the first file."""
+    """Build the model from the seed, give it the values in `Job.model_dir` if that is set, and write it and what
+    belongs beside it: the weights are the first file."""
     DESCRIBE = "describe"
     """Say what there is to know of the data, for the site's own eyes."""
 

@@ -216,6 +216,8 @@ class Worker:
         self._drop_model()
         built = self._built(job.seed)
         base = built.base.tensors(self._context.alive)
+        if job.model_dir is not None:
+            built.loader.load(ModelDirectory.read(job.model_dir), "", self._context.alive)
         path = _out_dir(job) / (ADAPTER_WEIGHTS if base else MODEL_WEIGHTS)
         write_model(built.state, path, base)
         files = [path]

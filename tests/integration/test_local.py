@@ -7,6 +7,7 @@ import subprocess
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from fedclient.local import init_model, train_local
 from fedclient.local_files import LocalModel, export_model, import_model, next_version
@@ -67,6 +68,18 @@ async def test_rounds_follow_one_another(site, tmp_path):
     _, aliases = apply_metadata(read_header(tmp_path / "last.safetensors"))
     assert aliases == {"tied_again": "tied"}
     assert not list((site.state_dir / "local").glob("run-*")), "nothing is left behind"
+
+
+async def test_a_model_begins_with_values_from_elsewhere(site, tmp_path):
+    theirs, ours = tmp_path / "theirs.safetensors", tmp_path / "ours.safetensors"
+    await init_model(site, "w", theirs, seed=1)
+    await init_model(site, "w", ours, seed=2, weights=theirs)
+    assert ours.read_bytes() == theirs.read_bytes()
+    save_file({"w": np.zeros(1, np.float32)}, tmp_path / "other.safetensors")
+    with pytest.raises(FedlinkError, match="'w'") as caught:
+        await init_model(site, "w", ours, seed=2, weights=tmp_path / "other.safetensors")
+    assert caught.value.reason is Reason.FAILED
+    assert ours.read_bytes() == theirs.read_bytes(), "what was there is still there"
 
 
 async def test_draws_are_those_of_a_federation(site, tmp_path):

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
 
 from fedclient.checks.finding import Outcome
 from fedclient.checks.readiness import readiness
 from fedclient.launch import FailReason, Job, JobKind, Progress, Trainer, TrainerFailed
+from fedclient.local import init_model
+from fedclient.policy import Terms
 from fedclient.settings import SiteSettings, load_site
 from fedlink import failpoints
+from fedlink.base import read_base
+from fedlink.errors import FedlinkError
+from fedlink.tensors import read_header
 from tests.support.interrupted import ALWAYS
 from tests.support.tiny_models import reviews, save_bert, write_jsonl
 from tests.support.trainers import ignore, init, make_trainer, raw_tensors
@@ -28,6 +37,10 @@ labels = ["neg", "pos"]
 [workload.w.parameters]
 freeze = ["bert.embeddings.*"]
 """
+# peft 0.21 asks transformers 5 under an old name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+TARGETS = ["query", "value"]
 SETTINGS = {"learning_rate": 0.005, "batch_size": 4, "epochs": 2}
 
 
@@ -69,10 +82,41 @@ async def test_described_trained_and_measured_in_one_process(site: SiteSettings,
         assert (result.num_examples, result.steps) == (40, 20)
         assert not any("embeddings" in name for name in raw_tensors(*result.files)), "what is frozen is not sent"
         assert result.metrics["loss"] > 0
+        of_data = {name: value for name, value in result.metrics.items() if name.startswith("data.")}
+        assert of_data["data.examples"] == 40
+        assert {n: v for n, v in of_data.items() if "label" in n} == {"data.labels.neg": 20, "data.labels.pos": 20}
+        terms = Terms.of("w", site.workload["w"], await trainer.describe())
+        assert not terms.let_out(of_data), "it stays at the site unless the site says otherwise"
         measured = await trainer.run(Job(JobKind.EVALUATE, client="site-1", model_dir=tmp_path / "model"), ignore)
         assert (measured.num_examples, measured.metrics["accuracy"]) == (10, 0.5)
     finally:
         await trainer.close()
+
+
+@pytest.mark.timeout(300)
+async def test_an_adapter_that_peft_saved_begins_a_run(site: SiteSettings, tmp_path: Path):
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert", num_labels=2)
+    torch.manual_seed(8)
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, lora_alpha=32, task_type="SEQ_CLS", target_modules=TARGETS)
+    )
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    adapted.save_pretrained(tmp_path / "peft")
+    text = (
+        SITE.partition("[workload.w.parameters]")[0] + f"[workload.w.lora]\nrank = 4\ntargets = {json.dumps(TARGETS)}\n"
+    )
+    (tmp_path / "site.toml").write_text(text)
+    with pytest.raises(FedlinkError, match=r"lora_alpha 32 instead of 16.0: say the same in \[workload.w.lora\]"):
+        await init_model(load_site(tmp_path / "site.toml"), "w", tmp_path / "start", weights=tmp_path / "peft")
+    assert not (tmp_path / "start").exists()
+    (tmp_path / "site.toml").write_text(text + "alpha = 32\n")
+    await init_model(load_site(tmp_path / "site.toml"), "w", tmp_path / "start", weights=tmp_path / "peft")
+    written = tmp_path / "start" / "adapter_model.safetensors"
+    assert raw_tensors(written) == raw_tensors(tmp_path / "peft" / "adapter_model.safetensors")
+    assert read_base(read_header(written)), "and the run will know its base"
 
 
 @pytest.mark.slow

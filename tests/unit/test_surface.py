@@ -45,7 +45,7 @@ COMMANDS = {
     "fedserver serve": "--config --data-dir --insecure --lease-term --listen --log-level",
     "fedclient health": "--config --json",
     "fedclient doctor": "--config --json --skip-training-step",
-    "fedclient init-model": "--config --json --output --seed -o WORKLOAD",
+    "fedclient init-model": "--config --json --output --seed --weights -o WORKLOAD",
     "fedclient start": "--config --insecure --log-level",
     "fedclient train-local": "--config --json --model --output --settings -o",
 }

@@ -28,7 +28,7 @@ from fedclient.trainer.text.pretrained import (
     require,
     usable_length,
 )
-from fedclient.trainer.text.readiness import described, overlap
+from fedclient.trainer.text.readiness import as_metrics, described, overlap
 from fedclient.trainer.text.rows import DataError
 
 _BASE_SEED = 0
@@ -167,6 +167,11 @@ class FineTuning(Workload):
         """What evaluations measure on; None if the site has nothing for it."""
         return self.make_corpus(self._paths(self.options.test)) if self.options.test else None
 
+    @cached_property
+    def data_metrics(self) -> Mapping[str, float]:
+        """What there is to know of what is learned from, for a site that lets it out."""
+        return as_metrics(self.described(self.train_corpus))
+
     def padding(self, device: str) -> Padding:
         """How batches are made for a device."""
         return Padding(self.pad_token, device)
@@ -252,6 +257,7 @@ class FineTuning(Workload):
             meter.end_step(optimizer.param_groups[0]["lr"], int(corpus.sizes[numbers_of(batches)].sum()))
         if kept:
             kept.save(optimizer)
+        ctx.log(**self.data_metrics)
         ctx.num_examples = int(weights.sum())
 
     def gradient(self, model: Any, ctx: Context) -> None:

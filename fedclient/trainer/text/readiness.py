@@ -1,13 +1,18 @@
-"""What `fedclient doctor` says of the texts of a site: whether they are what one thinks they are."""
+"""What there is to know of a site's texts: for `fedclient doctor`, and as metrics that the site may let out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from fedclient.trainer.text.corpus import Corpus
+
+DATA = "data."
+"""What the names of these metrics begin with."""
+_MOST_METRICS = 40
+_LONGEST = 64
 
 
 def described(corpus: Corpus, max_length: int, labels: Sequence[str] = ()) -> dict[str, Any]:
@@ -47,3 +52,20 @@ def _quantiles(corpus: Corpus) -> dict[str, int]:
         return {}
     median, most = np.percentile(corpus.lengths, [50, 95], method="higher")
     return {"median": int(median), "p95": int(most), "max": int(corpus.lengths.max())}
+
+
+def as_metrics(found: Mapping[str, Any]) -> dict[str, float]:
+    """What `described` gave as metrics: `data.examples`, `data.length.median`, `data.labels.NAME` and so on.
+
+    Of many labels the commonest come along. A name that is too long for a metric is left out.
+    """
+    flat: dict[str, float] = {}
+    for key, value in found.items():
+        parts = value.items() if isinstance(value, Mapping) else [("", value)]
+        flat |= {f"{DATA}{key}.{name}".rstrip("."): float(part) for name, part in sorted(parts, key=_largest_first)}
+    kept = [(name, value) for name, value in flat.items() if len(name) <= _LONGEST]
+    return dict(kept[:_MOST_METRICS])
+
+
+def _largest_first(item: tuple[str, Any]) -> tuple[float, str]:
+    return -item[1], item[0]
