@@ -108,6 +108,7 @@ async def _step(visit: Examination, name: str) -> Finding:
             out_dir=out,
             write=Write.DELTA if "train" in abilities else Write.GRADIENT,
             max_steps=1,
+            share=visit.site.workload[name].share.table,
         )
         result = await visit.trainer(name).run(job, _unheard)
     except TrainerFailed as e:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fedlink.v1 import admin_service_pb2 as pb
-from fedserver.cli.output import DATA_DIR, DataDir, Json, local, print_list, with_admin
+from fedserver.cli.output import DATA_DIR, DataDir, Json, local, print_list, speed, with_admin
 from fedserver.remote import Admin
 
 app = typer.Typer(no_args_is_help=True)
@@ -45,6 +45,7 @@ def list_clients(*, as_json: Json = False, data_dir: DataDir = DATA_DIR) -> None
         ("last seen", lambda c: local(c.last_seen)),
         ("workloads", lambda c: ", ".join(c.workloads)),
         ("devices", lambda c: ", ".join(d.name for d in c.devices)),
+        ("speed", lambda c: "; ".join(f"{s.workload} {speed(s)}" for s in c.speeds)),
         ("fedlink", lambda c: c.software_version),
     ]
     print_list(clients, columns, as_json=as_json)
