@@ -427,8 +427,9 @@ class Context:
         return self._share.weight(count, self._step, counted=self._counted)
 
     def _over(self, loop: Loop) -> bool:
-        # Each loop makes a pass: one that came to nothing would leave names unset that the code after it uses.
-        if not loop.step or self._course.resuming:
+        # Each loop makes a pass, also one that is gone on with: one that came to nothing would leave names unset that
+        # the code after it uses.
+        if not loop.step or self.unproven:
             return False
         return loop.step != loop.size and self._share.over(self._step, self.seconds)
 

@@ -212,6 +212,17 @@ def test_seconds_from_before_an_interruption_count(tmp_path: Path, monkeypatch: 
     assert resumed.ctx.seconds == 21.0
 
 
+def test_an_interrupted_training_whose_time_is_over_makes_a_step_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that names which its loop sets are there when the loop is over."""
+    clock = Clock()
+    monkeypatch.setattr(api_module, "time", clock)
+    assert Run(tmp_path, zeros, limited(5, {"max_seconds": 20.0}, clock)).interrupted
+    resumed = Run(tmp_path, zeros, limited(None, {"max_seconds": 3.0}, clock))
+    assert (resumed.ctx.step, resumed.unusable) == (6, False)
+
+
 def zeros() -> dict[str, Any]:
     return {"w": np.zeros(4)}
 
