@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 
+class LimitUncountedError(ValueError):
+    """A limit cannot be kept, for the class does not show what it is of; the message says what to do."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """What a training does at most; None: no limit."""
@@ -99,13 +103,13 @@ class Share:
         """At the end of a training: see whether its limits could be kept.
 
         Raises:
-            ValueError: there is one that nothing was counted for.
+            LimitUncountedError: there is one that nothing was counted for.
         """
         wrong = "epochs" if self.tightest("epochs") and not self._handed_out else ""
         if self.tightest("examples") and (self._untold or not self.examples):
             wrong = "examples"
         if wrong:
-            raise ValueError(
+            raise LimitUncountedError(
                 f"the limit {wrong!r} of [work] in the run file, or of [workload.NAME.share] in site.toml, cannot be "
                 f"kept: this class does not show its {wrong}; let it loop over ctx.batches"
                 + (" and call ctx.saw(n) in each pass" if wrong == "examples" else "")

@@ -48,7 +48,7 @@ def issue_train(c: Connection, run: RunRow, after: Round, clients: Collection[st
     """Write a training task for each site, with the steps that it is limited to."""
     of = {"round": after.number, "round_attempt": after.attempt, "version": run.version}
     given = speeds.given_steps(c, run, after, clients, attempt)
-    rows = _issue(c, run, "train", clients, given, attempt=attempt, **of)
+    rows = _issue(c, run, "train", clients, given=given, attempt=attempt, **of)
     kind = "round_started" if attempt == 1 else "task_retried"
     data: dict[str, Any] = {"round": after.number, "attempt": after.attempt, "clients": sorted(clients)}
     if run.parsed.work.balanced:
@@ -64,14 +64,21 @@ def issue_evaluation(
     if task_queries.evaluation_tasks(c, run.id, version):
         return []
     task_queries.end_tasks(c, stale, TaskState.SUPERSEDED, "NEWER_VERSION", time.time())
-    return _issue(c, run, "evaluate", clients, {}, attempt=1, round=0, round_attempt=0, version=version)
+    return _issue(c, run, "evaluate", clients, attempt=1, round=0, round_attempt=0, version=version)
 
 
 def _issue(
-    c: Connection, run: RunRow, kind: str, clients: Collection[str], given: Mapping[str, int | None], **values: int
+    c: Connection,
+    run: RunRow,
+    kind: str,
+    clients: Collection[str],
+    *,
+    given: Mapping[str, int | None] | None = None,
+    **values: int,
 ) -> list[TaskRow]:
     common = {"run_id": run.id, "kind": kind, "state": TaskState.PENDING, "issued": time.time(), **values}
-    rows = [{"token": secrets.token_bytes(24), "client": n, "given_steps": given.get(n), **common} for n in clients]
+    steps = given or {}
+    rows = [{"token": secrets.token_bytes(24), "client": n, "given_steps": steps.get(n), **common} for n in clients]
     return task_queries.insert_tasks(c, rows)
 
 
