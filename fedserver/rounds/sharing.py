@@ -11,6 +11,10 @@ MOST = 10
 """How many times the mean one site is given at most: a speed that was measured wrong does not move the whole round."""
 
 
+SLOWEST, FASTEST = 1e-9, 1e9
+"""What a second holds at least and at most, of steps or examples: sites say what they like."""
+
+
 @dataclass(frozen=True)
 class Training:
     """How fast one training went."""
@@ -20,6 +24,17 @@ class Training:
     steps_per_second: float
     examples_per_second: float
     """0 if that is not known."""
+
+    @classmethod
+    def of(cls, run: int, steps: int, examples: int, seconds: float) -> Training | None:
+        """What a site's word makes of a training; None if there is no speed in it: no steps, or no time."""
+        if not steps or not seconds:
+            return None
+        return cls(run, _clamped(steps / seconds), _clamped(examples / seconds) if examples else 0.0)
+
+
+def _clamped(rate: float) -> float:
+    return min(max(rate, SLOWEST), FASTEST)
 
 
 def usual(trainings: Sequence[Training], run: int | None = None) -> Training | None:
@@ -39,7 +54,7 @@ def shares(speeds: Mapping[str, float | None], mean: int) -> dict[str, int]:
     site is never given fewer. A site that was never measured is given the mean, and the others share theirs.
 
     Args:
-        speeds: steps a second of each site, above 0; None: never measured.
+        speeds: steps a second of each site, from SLOWEST to FASTEST; None: never measured.
         mean: steps a site on average, at least 1.
     """
     known = {name: speed for name, speed in sorted(speeds.items()) if speed is not None}
@@ -53,10 +68,9 @@ def shares(speeds: Mapping[str, float | None], mean: int) -> dict[str, int]:
 
 
 def _duration(speeds: Sequence[float], total: int, most: int) -> float:
-    """How long the round takes if steps could be cut: the interval is halved until it is as good as a point."""
+    """How long the round takes if steps could be cut: the interval is halved until nothing is left of it."""
     low, high = 0.0, total / min(speeds)
-    for _ in range(64):
-        middle = (low + high) / 2
+    while low < (middle := (low + high) / 2) < high:
         if sum(min(max(speed * middle, 1.0), most) for speed in speeds) > total:
             high = middle
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import astuple
 from typing import Any
 
 from sqlalchemy import Connection
@@ -22,11 +23,9 @@ def trainings(row: SpeedRow) -> list[Training]:
 
 def remember(c: Connection, task: OpenTask, values: Mapping[str, Any]) -> None:
     """Note how fast an accepted training went; `values` are columns of its task."""
-    steps, seconds = values.get("steps", 0), values.get("compute_seconds", 0.0)
-    # A training without loops has no speed, nor has one under a clock that stands still.
-    if steps and seconds > 0:
-        sample = (task.row.run_id, steps / seconds, values.get("examples_seen", 0) / seconds)
-        q.add_training(c, task.client, task.run.parsed.workload, sample)
+    counts = (values.get("steps", 0), values.get("examples_seen", 0), values.get("compute_seconds", 0.0))
+    if training := Training.of(task.row.run_id, *counts):
+        q.add_training(c, task.client, task.run.parsed.workload, astuple(training))
 
 
 def given_steps(

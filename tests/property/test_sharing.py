@@ -5,11 +5,11 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedserver.rounds.sharing import MOST, Training, shares, usual
+from fedserver.rounds.sharing import FASTEST, MOST, SLOWEST, Training, shares, usual
 
 SPEEDS = st.dictionaries(
     st.text("abcdefgh", min_size=1, max_size=3),
-    st.one_of(st.none(), st.floats(1e-6, 1e6)),
+    st.one_of(st.none(), st.floats(SLOWEST, FASTEST)),
     min_size=1,
     max_size=12,
 )
@@ -52,6 +52,19 @@ def test_no_step_given_to_another_site_would_end_the_round_sooner(speeds: dict[s
 @given(SPEEDS, MEANS)
 def test_it_does_not_depend_on_the_order_in_which_sites_are_named(speeds: dict[str, float | None], mean: int) -> None:
     assert shares(dict(reversed(speeds.items())), mean) == shares(speeds, mean)
+
+
+@given(st.integers(0, 1 << 53), st.integers(0, 1 << 53), st.floats(0, allow_infinity=False))
+def test_whatever_a_site_says_of_itself_a_round_can_be_shared(steps: int, examples: int, seconds: float) -> None:
+    said = Training.of(1, steps, examples, seconds)
+    if said is not None:
+        assert SLOWEST <= said.steps_per_second <= FASTEST
+        assert 0 <= said.examples_per_second <= FASTEST
+        given_steps = shares({"odd": said.steps_per_second, "even": 2.0}, 100)
+        assert sum(given_steps.values()) == 200
+        assert min(given_steps.values()) >= 1
+    else:
+        assert not steps or not seconds
 
 
 def test_an_example_by_hand() -> None:
