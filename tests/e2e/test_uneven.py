@@ -65,6 +65,9 @@ def test_shares_of_sites_and_of_the_run_are_kept_weighed_and_recorded(federation
     assert [(s["workload"], s["trainings"]) for s in clients["few"]] == [("shares", 1)]
     assert clients["few"][0]["steps_per_second"] == pytest.approx(rate)
     assert clients["few"][0]["examples_per_second"] == pytest.approx(4 * rate)
+    assert federation.json("client", "show", "few")["speeds"] == clients["few"]
+    assert "median of 1" in federation.call("client", "show", "few").stdout
+    assert "there is no client 'nobody'" in federation.call("client", "show", "nobody", code=4).stderr
     shown = federation.json("run", "show", "shares")["speeds"]
     assert [s["client"] for s in shown] == ["all", "few", "timed"]
     said = federation.call("round", "show", "shares", "1").stdout
