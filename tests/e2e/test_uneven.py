@@ -146,7 +146,7 @@ def balanced(federation: Federation, name: str, *, pace: float, mean: int) -> tu
 
 
 def test_balanced_sites_finish_together(federation: Federation) -> None:
-    ideal, equal, training, _ = balanced(federation, "together", pace=0.01, mean=49)
+    ideal, equal, training, _ = balanced(federation, "together", pace=0.02, mean=42)
     assert equal > 1.8 * ideal, "the sites are uneven"
     assert training < 1.15 * ideal
 
