@@ -109,6 +109,8 @@ class Computation:
             update_dtype=order.update_dtype or "F32",
             checkpoint_dir=tools.spool.checkpoint_dir(order) if order.update is Kind.DELTA else None,
             checkpoint_every=self._terms.settings.checkpoint_every,
+            asked=order.work.table,
+            share=self._terms.settings.share.table,
         )
         arrived = Arrivals()
         fetching = asyncio.create_task(self._fetch(manifest, model_dir, arrived))
@@ -129,6 +131,7 @@ class Computation:
             activity=order.activity,
             examples=result.num_examples,
             steps=result.steps,
+            **({"cut": result.cut} if result.cut else {}),
             seconds=since(self._began),
         )
         return result

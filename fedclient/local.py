@@ -185,6 +185,8 @@ class _Run:
             out_dir=out,
             write=write,
             update_dtype=WIRE_DTYPES[self._spec.update_dtype],
+            asked=self._spec.work.limits().table,
+            share=self._site.workload[self._spec.workload].share.table,
         )
         return await self._trainer.run(job, _unheard)
 

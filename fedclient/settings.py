@@ -17,6 +17,7 @@ from fedlink.errors import FedlinkError, Reason
 from fedlink.route import Route, check_proxy, is_loopback, route_to
 from fedlink.tls import ClientTls
 from fedlink.transfer import STALL
+from fedlink.work import WorkLimits
 
 DEFAULT_SERVER = "127.0.0.1:8470"
 """Where `fedserver serve` listens by default."""
@@ -50,6 +51,8 @@ class WorkloadSettings(Config):
     """`[workload.NAME.parameters]`: which parameters of a full model train."""
     precision: PrecisionSettings | None = None
     """`[workload.NAME.precision]`: what is computed and held in which dtype."""
+    share: WorkLimits = WorkLimits()
+    """`[workload.NAME.share]`: what this site does in a round at most."""
     limits: Mapping[str, Limit] = Field(default_factory=dict)
     """`[workload.NAME.limits]`: bounds on numeric settings; a run beyond them is refused."""
     runs: tuple[str, ...] = ("*",)

@@ -298,6 +298,8 @@ class Work:
             steps=result.steps,
             metrics=self._terms.let_out(result.metrics),
             compute_seconds=result.compute_seconds,
+            examples_seen=result.examples_seen,
+            cut=result.cut,
             files=tuple(f.name for f in result.files),
         )
 

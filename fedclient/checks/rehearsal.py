@@ -19,8 +19,8 @@ from fedclient.text_settings import data_files
 
 EVALUATION_SECONDS = 120.0
 """How long an evaluation may take to say how many examples there are."""
-OWN_WORDS = frozenset({"DataError", "PretrainedError"})
-"""Exceptions of the built-in workloads: their words name files, rows and columns, and quote no value."""
+OWN_WORDS = frozenset({"DataError", "LimitUncountedError", "PretrainedError"})
+"""Exceptions of ours: their words name files, rows and columns, and quote no value."""
 
 _RUN = "doctor"
 
@@ -108,6 +108,7 @@ async def _step(visit: Examination, name: str) -> Finding:
             out_dir=out,
             write=Write.DELTA if "train" in abilities else Write.GRADIENT,
             max_steps=1,
+            share=visit.site.workload[name].share.table,
         )
         result = await visit.trainer(name).run(job, _unheard)
     except TrainerFailed as e:

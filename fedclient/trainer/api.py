@@ -16,6 +16,7 @@ import numpy as np
 from fedclient.trainer.checkpoint import Checkpoints
 from fedclient.trainer.course import Course
 from fedclient.trainer.loop import Loop
+from fedclient.trainer.share import Share
 from fedclient.trainer.wire import JobKind, Progress
 from fedlink.failpoints import reach
 
@@ -144,7 +145,6 @@ class Context:
         round: number of the round, from 1; for an evaluation, of the version.
         rounds: rounds of the whole run, as the server knows it now; 0 if unknown.
         version: version of the run's model that was loaded.
-        num_examples: examples used; set it before you return.
     """
 
     def __init__(
@@ -170,7 +170,9 @@ class Context:
         self.round = round
         self.rounds = rounds
         self.version = version
-        self.num_examples: int | None = None
+        self._num_examples: int | None = None
+        self._counted = False
+        self._share = Share()
         self._max_steps = max_steps
         self._report = report
         self._cancelled = cancelled
@@ -197,9 +199,12 @@ class Context:
             if loop is None:
                 return
             self._total += n
+            self._share.plan(n, None, self._course.around)
             self._course.begin_steps(loop)
             for i in range(loop.step, n):
                 loop.step = i
+                if self._over(loop):
+                    break
                 self._turn(loop)
                 reach("trainer.step")
                 yield i
@@ -227,8 +232,10 @@ class Context:
             if loop is None:
                 return
             self._total += size or 0
+            self._share.plan(size, length, self._course.around)
             for batch in self._epochs(loop, data, None if steps is not None else epochs, limit):
                 reach("trainer.step")
+                self._share.hand_out(batch)
                 yield batch
                 self._step += 1
         self.alive()
@@ -245,6 +252,13 @@ class Context:
         """
         for name, thing in things.items():
             self._course.keep(name, thing)
+
+    def saw(self, examples: int) -> None:
+        """Say how many examples a pass uses, where that is not the length of its batch's first tensor.
+
+        Needed in loops over `steps` for a limit on `examples`, and to show examples a second.
+        """
+        self._share.saw(examples)
 
     def log(self, **metrics: Any) -> None:
         """Keep the last value of each metric: numbers, or tensors of one element, which are read only when reported.
@@ -277,6 +291,58 @@ class Context:
         return self._step
 
     @property
+    def num_examples(self) -> int | None:
+        """Examples used, the weight of the result; set it before you return.
+
+        If the training is cut short of what the run asks for, the weight is reduced by itself, unless this was set
+        inside of the loop: then it counts as what was really used.
+        """
+        return self._num_examples
+
+    @num_examples.setter
+    def num_examples(self, value: int | None) -> None:
+        self._num_examples = value
+        self._counted = self._counted or bool(self._course.depth)
+
+    @property
+    def examples_seen(self) -> int:
+        """Examples that the loops have handed out so far, or that `saw` named; 0 if that is not known."""
+        return self._share.examples
+
+    @property
+    def cut(self) -> str:
+        """Which limit has ended the training before its loops were over, as "site max_seconds"; empty: none."""
+        return self._share.cut
+
+    @property
+    def seconds(self) -> float:
+        """How long the training has taken so far, with what it took before an interruption."""
+        return self.earlier_seconds + time.monotonic() - self._began
+
+    def expected_steps(self, steps: int, *, epoch: int = 0, examples: int = 0) -> int:
+        """How many of `steps` the job's limits leave: for a schedule over the whole run, with `place`.
+
+        Args:
+            steps: what the class would do.
+            epoch: steps in a pass over the data.
+            examples: in a step.
+        """
+        share = self._share
+        limits = [steps, share.tightest("steps")]
+        if epoch and (epochs := share.tightest("epochs")) is not None:
+            limits.append(epochs * epoch)
+        if examples and (most := share.tightest("examples")) is not None:
+            limits.append(math.ceil(most / examples))
+        return min(n for n in limits if n is not None)
+
+    def place(self, steps: int) -> int:
+        """Where in `steps` the job is: at its step, or further on where its time will be over before them."""
+        budget = self._share.max_seconds
+        if budget is None:
+            return self._step
+        return max(self._step, min(int(steps * self.seconds / budget), steps - 1))
+
+    @property
     def metrics(self) -> dict[str, float]:
         """The last finite value of each metric logged."""
         values = {name: float(value) for name, value in self._metrics.items()}
@@ -293,7 +359,9 @@ class Context:
         now = time.monotonic()
         if now - self._reported >= REPORT_EVERY:
             self._reported = now
-            self._report(Progress(self._step, self._total, self.metrics))
+            limit = self._share.tightest("steps")
+            total = self._total if limit is None else min(self._total, limit)
+            self._report(Progress(self._step, total, self.metrics))
 
     @property
     def resuming(self) -> bool:
@@ -314,49 +382,73 @@ class Context:
         self._course = Course(self, checkpoints)
         self._began = time.monotonic()
 
+    def begin(self, share: Share) -> None:
+        """The training begins now, under these limits."""
+        self._share = share
+        self._began = time.monotonic()
+
     def take_counts(self) -> dict[str, Any]:
         """What a checkpoint holds of this object."""
         return {
             "step": self._step,
             "total": self._total,
             "metrics": {name: float(value) for name, value in self._metrics.items()},
-            "examples": self.num_examples,
-            "seconds": self.earlier_seconds + time.monotonic() - self._began,
+            "examples": self._num_examples,
+            "counted": self._counted,
+            "share": self._share.take(),
+            "seconds": self.seconds,
         }
 
     def give_counts(self, counts: Mapping[str, Any]) -> None:
         """Go on from what `take_counts` gave."""
         self._step, self._total, self._metrics = counts["step"], counts["total"], dict(counts["metrics"])
-        self.num_examples = counts["examples"]
+        self._num_examples = counts["examples"]
+        # An older release has not written the next two, and knew no limits.
+        self._counted = counts.get("counted", False)
+        self._share.give(counts.get("share") or self._share.take())
+        # What it has taken since it began is counted from here on.
         self.earlier_seconds = counts["seconds"]
         self._resumed_at = self._step
         self.note("resumed from a local checkpoint")
 
     def counted(self) -> int:
-        """`num_examples`, checked.
+        """`num_examples`, checked, and reduced if the training was cut short.
 
         Raises:
-            ValueError: the workload has not set it, or set something else than a count.
+            ValueError: the workload has not set it, or set something else than a count; a limit could not be kept.
         """
-        if self.num_examples is None:
+        if self._num_examples is None:
             raise ValueError("ctx.num_examples was not set: it weighs this site's result")
-        count = operator.index(self.num_examples)
+        count = operator.index(self._num_examples)
         if not 0 <= count <= 1 << 53:
             raise ValueError(f"ctx.num_examples is {count}: not a count")
-        return count
+        if self._step:
+            self._share.check()
+        return self._share.weight(count, self._step, counted=self._counted)
+
+    def _over(self, loop: Loop) -> bool:
+        # Each loop makes a pass, also one that is gone on with: one that came to nothing would leave names unset that
+        # the code after it uses.
+        if not loop.step or self.unproven:
+            return False
+        return loop.step != loop.size and self._share.over(self._step, self.seconds)
 
     def _turn(self, loop: Loop) -> None:
         self.alive()
         self._course.turn(loop)
 
     def _epochs(self, loop: Loop, data: Iterable[Any], epochs: int | None, limit: int | None) -> Iterator[Any]:
-        while (epochs is None or loop.epoch < epochs) and (limit is None or loop.step < limit):
+        def goes_on() -> bool:
+            return (limit is None or loop.step < limit) and not self._over(loop)
+
+        while (epochs is None or loop.epoch < epochs) and goes_on():
             batches = self._course.begin_epoch(loop, data)
-            while limit is None or loop.step < limit:
+            while goes_on():
                 self._turn(loop)
                 try:
                     batch = next(batches)
                 except StopIteration:
+                    self._share.epochs += 1
                     break
                 yield batch
                 loop.step, loop.batch = loop.step + 1, loop.batch + 1

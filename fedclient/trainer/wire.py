@@ -166,6 +166,10 @@ class Job(_Message):
     """Seconds between two checkpoints; 0: none is written, and none is looked for."""
     rounds: int = 0
     """Rounds of the whole run; 0: not known."""
+    asked: Mapping[str, float] = field(default_factory=dict)
+    """What the run asks of this site in a round, of `fedclient.trainer.share.Limits`; not for gradients."""
+    share: Mapping[str, float] = field(default_factory=dict)
+    """The same of what the site gives at most."""
 
     def __post_init__(self) -> None:
         """Rebuild the typed values that JSON has no room for."""
@@ -208,6 +212,10 @@ class Result(_Message):
     """Peak memory that torch took on accelerators; 0 without one."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """What `Workload.describe_data` gave."""
+    examples_seen: int = 0
+    """Examples that the loops have handed out; 0: not known."""
+    cut: str = ""
+    """`Context.cut`."""
 
     def __post_init__(self) -> None:
         """Rebuild the typed values that JSON has no room for."""

@@ -35,6 +35,7 @@ from fedclient.trainer.options import BUILT_IN
 from fedclient.trainer.own_base import BaseMismatchError, OwnBase
 from fedclient.trainer.pipe import Pipe
 from fedclient.trainer.schema import parse_settings, settings_schema
+from fedclient.trainer.share import Limits, Share
 from fedclient.trainer.state import State, state_of
 from fedclient.trainer.wire import (
     PROTOCOL,
@@ -144,6 +145,8 @@ class Worker:
             ctx.use_checkpoints(self._checkpoints)
         seed_everything(ctx.seed)
         began = time.monotonic()
+        if _ability(job) == "train":
+            ctx.begin(Share(Limits.of(job.asked), Limits.of(job.share)))
         gradient = self._compute(job, built)
         seconds = time.monotonic() - began + ctx.earlier_seconds
         examples, files = ctx.counted(), tuple[Path, ...]()
@@ -159,7 +162,17 @@ class Worker:
                 wrote=self._wrote,
             )
             reach("trainer.update")
-        return Result(examples, ctx.step, ctx.metrics, seconds, files, peak_memory(), peak_device_memory())
+        return Result(
+            examples,
+            ctx.step,
+            ctx.metrics,
+            seconds,
+            files,
+            peak_memory(),
+            peak_device_memory(),
+            examples_seen=ctx.examples_seen,
+            cut=ctx.cut,
+        )
 
     def _compute(self, job: Job, built: _Built) -> Any:
         ctx, model = self._context, built.model
@@ -186,10 +199,12 @@ class Worker:
     def _new_checkpoints(self, job: Job, directory: Path, state: State) -> Checkpoints:
         """Checkpoints that are good for nothing but this very job, on this data, by this code's versions."""
         table = job.to_json()
-        own = ("settings", "seed", "client", "run", "round", "rounds", "version", "model_key", "max_steps")
+        limits = ("max_steps", "asked", "share")
+        own = ("settings", "seed", "client", "run", "round", "rounds", "version", "model_key", *limits)
         # Where the state directory lies is no matter; what an older release did not know is not said if it is not set.
         start = {name: value for name, value in self._start.to_json().items() if name != "kept"}
-        news = {name for name, value in {"rounds": job.rounds, "options": start["options"]}.items() if not value}
+        late = {"rounds": job.rounds, "options": start["options"], "asked": job.asked, "share": job.share}
+        news = {name for name, value in late.items() if not value}
         owner = {name: table[name] for name in own} | start | {"device": "", "versions": _versions()}
         owner = {name: value for name, value in owner.items() if name not in news}
         return Checkpoints(

@@ -42,6 +42,8 @@ class Claim:
     steps: int
     metrics: tuple[tuple[str, float], ...]
     compute_seconds: float = field(compare=False)
+    examples_seen: int = field(default=0, compare=False)
+    cut: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)

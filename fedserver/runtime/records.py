@@ -15,6 +15,7 @@ from sqlalchemy import Connection
 
 from fedserver.rounds.evaluation import is_better, weighted_means
 from fedserver.rounds.model import Phase, Round, TaskState
+from fedserver.runtime import speeds
 from fedserver.runtime.board import UPDATE_LOST, OpenTask
 from fedserver.runtime.versions import StoredVersion, version_owner
 from fedserver.store.queries import models as model_queries
@@ -44,11 +45,14 @@ def open_round(c: Connection, run_id: int, number: int, deadline_at: float | Non
 
 
 def issue_train(c: Connection, run: RunRow, after: Round, clients: Collection[str], attempt: int) -> list[TaskRow]:
-    """Write a training task for each site."""
+    """Write a training task for each site, with the steps that it is limited to."""
     of = {"round": after.number, "round_attempt": after.attempt, "version": run.version}
-    rows = _issue(c, run, "train", clients, attempt=attempt, **of)
+    given = speeds.given_steps(c, run, after, clients, attempt)
+    rows = _issue(c, run, "train", clients, given=given, attempt=attempt, **of)
     kind = "round_started" if attempt == 1 else "task_retried"
-    data = {"round": after.number, "attempt": after.attempt, "clients": sorted(clients)}
+    data: dict[str, Any] = {"round": after.number, "attempt": after.attempt, "clients": sorted(clients)}
+    if run.parsed.work.balanced:
+        data["steps"] = given
     q.add_event(c, run.id, kind, data, time.time())
     return rows
 
@@ -63,9 +67,19 @@ def issue_evaluation(
     return _issue(c, run, "evaluate", clients, attempt=1, round=0, round_attempt=0, version=version)
 
 
-def _issue(c: Connection, run: RunRow, kind: str, clients: Collection[str], **values: int) -> list[TaskRow]:
+def _issue(
+    c: Connection,
+    run: RunRow,
+    kind: str,
+    clients: Collection[str],
+    *,
+    given: Mapping[str, int | None] | None = None,
+    **values: int,
+) -> list[TaskRow]:
     common = {"run_id": run.id, "kind": kind, "state": TaskState.PENDING, "issued": time.time(), **values}
-    return task_queries.insert_tasks(c, [{"token": secrets.token_bytes(24), "client": n, **common} for n in clients])
+    steps = given or {}
+    rows = [{"token": secrets.token_bytes(24), "client": n, "given_steps": steps.get(n), **common} for n in clients]
+    return task_queries.insert_tasks(c, rows)
 
 
 def close_tasks(
@@ -92,8 +106,10 @@ def end_task(c: Connection, task: OpenTask, state: TaskState, values: Mapping[st
         **{k: v for k, v in values.items() if k != "metrics"},
     )
     if task.row.kind == "train":
+        if state is TaskState.ACCEPTED:
+            speeds.remember(c, task, values)
         data = {"round": task.row.round, "client": task.client, "attempt": task.row.attempt}
-        data |= {k: values[k] for k in ("reason", "message", "tensor", "num_examples") if values.get(k)}
+        data |= {k: values[k] for k in ("reason", "message", "tensor", "num_examples", "cut") if values.get(k)}
         q.add_event(c, task.row.run_id, f"task_{state}", data, now)
 
 

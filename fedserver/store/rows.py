@@ -145,6 +145,9 @@ class TaskRow(_Record):
     num_examples: int
     steps: int
     compute_seconds: float
+    given_steps: int | None
+    examples_seen: int
+    cut: str
     metrics: str
     bytes_down: int
     bytes_up: int
@@ -156,6 +159,20 @@ class TaskRow(_Record):
         """The metrics that the site let out."""
         out: dict[str, float] = json.loads(self.metrics)
         return out
+
+
+@dataclass(frozen=True)
+class SpeedRow(_Record):
+    """How fast a site trains a workload."""
+
+    client: str
+    workload: str
+    samples: str
+
+    @property
+    def values(self) -> list[tuple[int, float, float]]:
+        """The run's id, steps a second and examples a second of its last trainings, newest last."""
+        return [(int(run), float(steps), float(examples)) for run, steps, examples in json.loads(self.samples)]
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,9 @@ tasks = Table(
     Column("num_examples", BigInteger, nullable=False, default=0),
     Column("steps", BigInteger, nullable=False, default=0),
     Column("compute_seconds", Float, nullable=False, default=0.0),
+    Column("given_steps", BigInteger, comment="that it was limited to; null: it was not"),
+    Column("examples_seen", BigInteger, nullable=False, default=0, comment="that its steps used; 0: not known"),
+    Column("cut", String(32), nullable=False, default="", comment="which limit ended it early"),
     Column("metrics", Text, nullable=False, default="{}"),
     Column("bytes_down", BigInteger, nullable=False, default=0),
     Column("bytes_up", BigInteger, nullable=False, default=0),
@@ -134,6 +137,17 @@ tasks = Table(
     Column("ended", Float),
     UniqueConstraint("run_id", "kind", "round", "round_attempt", "version", "client", "attempt"),
     Index("tasks_by_state", "state"),
+)
+
+speeds = Table(
+    "speeds",
+    metadata,
+    Column("client", String(64), primary_key=True),
+    Column("workload", String(64), primary_key=True),
+    Column(
+        "samples", Text, nullable=False, comment="[run's id, steps/s, examples/s] of its last trainings, newest last"
+    ),
+    comment="How fast each site trains.",
 )
 
 uploads = Table(

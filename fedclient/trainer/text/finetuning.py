@@ -237,14 +237,19 @@ class FineTuning(Workload):
         meter = Meter(ctx)
         ctx.keep(optimizer=optimizer, scaler=precision.scaler, totals=meter.totals)
         epoch = Steps(len(corpus), settings.batch_size, settings.accumulation, ctx.rng())
-        in_round = settings.steps or settings.epochs * len(epoch)
+        in_round = ctx.expected_steps(
+            settings.steps or settings.epochs * len(epoch),
+            epoch=len(epoch),
+            examples=settings.batch_size * settings.accumulation,
+        )
         schedule = schedules.Schedule(
             settings.schedule, settings.learning_rate, ctx.rounds * in_round, settings.warmup, settings.floor
         )
         before = (ctx.round - 1) * in_round
         for batches in ctx.batches(epoch, epochs=settings.epochs, steps=settings.steps or None):
             meter.begin_step()
-            optimizers.set_rate(optimizer, schedule.rate(before + ctx.step))
+            ctx.saw(sum(map(len, batches)))
+            optimizers.set_rate(optimizer, schedule.rate(before + ctx.place(in_round)))
             step_weight = sum(int(weights[numbers].sum()) for numbers in batches)
             for numbers in batches:
                 with meter.waiting():

@@ -374,26 +374,68 @@ class TrainWork(_message.Message):
     UPDATE_FIELD_NUMBER: _builtins.int
     UPDATE_DTYPE_FIELD_NUMBER: _builtins.int
     MAX_UPDATE_BYTES_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
     update: _types_pb2.Manifest.Kind.ValueType
     """KIND_DELTA or KIND_GRADIENT."""
     update_dtype: _types_pb2.Dtype.ValueType
     """Dtype in which parameters travel: F32, BF16 or F16 (F64 parameters: F64)."""
     max_update_bytes: _builtins.int
     """More than this many bytes in all files will be refused."""
+    @_builtins.property
+    def limits(self) -> Global___WorkLimits:
+        """What to do of it at most; for KIND_DELTA."""
+
     def __init__(
         self,
         *,
         update: _types_pb2.Manifest.Kind.ValueType = ...,
         update_dtype: _types_pb2.Dtype.ValueType = ...,
         max_update_bytes: _builtins.int = ...,
+        limits: Global___WorkLimits | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_update_bytes", b"max_update_bytes", "update", b"update", "update_dtype", b"update_dtype"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "max_update_bytes", b"max_update_bytes", "update", b"update", "update_dtype", b"update_dtype"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TrainWork: _TypeAlias = TrainWork  # noqa: Y015
+
+@_typing.final
+class WorkLimits(_message.Message):
+    """WorkLimits says when a training is to end before its loops are over: with the
+    step that reaches one of these. 0 is no limit.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEPS_FIELD_NUMBER: _builtins.int
+    EPOCHS_FIELD_NUMBER: _builtins.int
+    EXAMPLES_FIELD_NUMBER: _builtins.int
+    MAX_SECONDS_FIELD_NUMBER: _builtins.int
+    steps: _builtins.int
+    """Passes of its loops."""
+    epochs: _builtins.int
+    """Passes over the site's data."""
+    examples: _builtins.int
+    """Examples used."""
+    max_seconds: _builtins.float
+    """Seconds of training."""
+    def __init__(
+        self,
+        *,
+        steps: _builtins.int = ...,
+        epochs: _builtins.int = ...,
+        examples: _builtins.int = ...,
+        max_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epochs", b"epochs", "examples", b"examples", "max_seconds", b"max_seconds", "steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkLimits: _TypeAlias = WorkLimits  # noqa: Y015
 
 @_typing.final
 class EvaluateWork(_message.Message):
@@ -537,6 +579,8 @@ class CompleteTaskRequest(_message.Message):
     STEPS_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
     COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
+    EXAMPLES_SEEN_FIELD_NUMBER: _builtins.int
+    CUT_FIELD_NUMBER: _builtins.int
     token: _builtins.bytes
     """The task."""
     num_examples: _builtins.int
@@ -545,6 +589,13 @@ class CompleteTaskRequest(_message.Message):
     """Optimizer steps done; 0 for evaluation."""
     compute_seconds: _builtins.float
     """Seconds the trainer worked."""
+    examples_seen: _builtins.int
+    """Examples that its steps used, each as often as it was used; 0 if not known."""
+    cut: _builtins.str
+    """Which limit ended the training before its loops were over: "run" for one of
+    the task or "site" for the site's own, a space, and the name of a field of
+    WorkLimits. Empty: none.
+    """
     @_builtins.property
     def update(self) -> _types_pb2.BlobRef:
         """Training: the update's manifest (kind as the task asked)."""
@@ -562,10 +613,12 @@ class CompleteTaskRequest(_message.Message):
         steps: _builtins.int = ...,
         metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         compute_seconds: _builtins.float = ...,
+        examples_seen: _builtins.int = ...,
+        cut: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["update", b"update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_seconds", b"compute_seconds", "metrics", b"metrics", "num_examples", b"num_examples", "steps", b"steps", "token", b"token", "update", b"update"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_seconds", b"compute_seconds", "cut", b"cut", "examples_seen", b"examples_seen", "metrics", b"metrics", "num_examples", b"num_examples", "steps", b"steps", "token", b"token", "update", b"update"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
