@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from fedclient.trainer.api import Context
 from fedclient.trainer.play import GLOBAL, Play
@@ -71,8 +71,7 @@ def setting(
     """
     play = _play()
     value: Any = getattr(None if play is None else play.context.settings, name, default)
-    found: T = list(value) if isinstance(default, list) else value
-    return found
+    return cast("T", list(value) if isinstance(default, list) else value)
 
 
 def seed(default: int) -> int:
