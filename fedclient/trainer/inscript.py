@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any, TypeVar, cast
 
 from fedclient.trainer.api import Context
@@ -94,9 +94,9 @@ def log(**metrics: Any) -> None:
 
 
 def batches(data: Iterable[T]) -> Iterable[T]:
-    """The batches of an epoch, each of them a step that is counted and reported."""
+    """The batches of an epoch, each of them a step that is counted and reported; has a length if the data have one."""
     play = _play()
-    return data if play is None else _stepping(play, data)
+    return data if play is None else _Batches(play, data)
 
 
 def step(total: int = 0) -> bool:
@@ -122,8 +122,18 @@ def watch(trainer: Any) -> None:
         watched(trainer, play)
 
 
-def _stepping(play: Play, data: Iterable[T]) -> Iterator[T]:
-    yield from play.batches(data)
+class _Batches(Iterable[T]):
+    def __init__(self, play: Play, data: Iterable[T]) -> None:
+        self._play = play
+        self._data = data
+
+    def __iter__(self) -> Iterator[T]:
+        return self._play.batches(self._data)
+
+    def __len__(self) -> int:
+        if not isinstance(self._data, Sized):
+            raise TypeError(f"{type(self._data).__name__} has no length")
+        return len(self._data)
 
 
 def _play() -> Play | None:

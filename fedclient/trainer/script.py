@@ -31,6 +31,7 @@ class Script(Workload):
         super().__init__(site)
         self.main_thread: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._play: Play | None = None
+        self._modes: list[tuple[Any, bool]] = []
 
     def begin_job(self, ctx: Context) -> None:
         """See `Workload`."""
@@ -43,6 +44,9 @@ class Script(Workload):
         play.until(Place.LOADED)
         peft = sys.modules.get("peft")
         self.frozen_base = peft is not None and isinstance(play.model, peft.PeftModel)
+        torch = sys.modules.get("torch")
+        modules = play.model.modules() if torch is not None and isinstance(play.model, torch.nn.Module) else ()
+        self._modes = [(module, module.training) for module in modules]
         return play.model
 
     def tensor_names(self, model: Any) -> Mapping[str, str]:
@@ -69,12 +73,15 @@ class Script(Workload):
 
     def train(self, model: Any, ctx: Context) -> None:  # noqa: ARG002 - both are the script's already
         """See `Workload`: let the script train, up to `save`."""
+        # As the script left it: it may train with a part of the model in eval mode.
+        for module, training in self._modes:
+            module.training = training
         self._playing.go_on()
         self._playing.until(Place.SAVED)
 
     def end_job(self, *, failed: bool) -> None:
         """See `Workload`: let the script run to its end after `save`; elsewhere it is left."""
-        play, self._play = self._play, None
+        play, self._play, self._modes = self._play, None, []
         if play is None:
             return
         if failed or not play.saved:

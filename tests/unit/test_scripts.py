@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,12 @@ import pytest
 from fedclient import trainer as fed
 from fedclient.launch import visible_devices
 from fedclient.settings import WorkloadSettings
+from fedclient.trainer import Context, Site, Workload
 from fedclient.trainer.declared import read_declared
 from fedclient.trainer.play import ScriptError
 from fedclient.trainer.schema import parse_settings, settings_schema
+from fedclient.trainer.script import script_class
+from fedclient.trainer.state import state_of
 from fedlink.config import load_toml
 from fedlink.errors import FedlinkError, Reason
 from fedlink.settings_schema import Schema
@@ -144,6 +149,36 @@ def test_arguments_are_for_scripts() -> None:
 def test_a_script_sees_its_own_device_alone(device: str, given: str | None, seen: str) -> None:
     environ = {} if given is None else {"CUDA_VISIBLE_DEVICES": given}
     assert visible_devices(device, environ) == {"CUDA_VISIBLE_DEVICES": seen}
+
+
+def performing(path: Path) -> tuple[Workload, Callable[[], None]]:
+    """A script as a workload, whose main thread is one of ours; and what ends that."""
+    workload = script_class(path)(Site("site-1", path.parent, {}))
+    thread = threading.Thread(target=lambda: [call() for call in iter(workload.main_thread.get, None)], daemon=True)
+    thread.start()
+    return workload, lambda: workload.main_thread.put(None)  # type: ignore[arg-type]
+
+
+def test_what_the_script_had_in_eval_mode_is_trained_in_eval_mode(script: Any) -> None:
+    path = script("""
+import torch
+from fedclient import trainer as fed
+model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.BatchNorm1d(1)).train()
+model[1].eval()
+fed.load(model)
+for number in (batches := fed.batches([1, 2, 3])):
+    pass
+fed.save(torch.nn.DataParallel(model), num_examples=len(batches), bn=model[1].training, linear=model[0].training)
+""")
+    workload, end = performing(path)
+    ctx = Context(settings=None)
+    workload.begin_job(ctx)
+    model = workload.build_model()
+    state_of(model).begin(training=True, device="cpu", frozen=())
+    workload.train(model, ctx)
+    workload.end_job(failed=False)
+    end()
+    assert (ctx.num_examples, ctx.step, ctx.metrics) == (3, 3, {"bn": 0.0, "linear": 1.0})
 
 
 def test_by_hand_nothing_happens() -> None:
