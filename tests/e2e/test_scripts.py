@@ -49,13 +49,13 @@ def site(federation: Federation, name: str, workload: str, **changes: Any) -> Si
     return federation.site(name, trainer, start=False, **extra)
 
 
-def by_hand(site: Site, table: dict[str, Any], starts: dict[int, Path]) -> dict[str, Weights]:
+def by_hand(site: Site, table: dict[str, Any], starts: dict[int, str]) -> dict[str, Weights]:
     """Run a site's script by hand, in its directory: as it is, before it was changed, and that from given weights.
 
     Args:
         site: where it lies.
         table: what site.toml says of it.
-        starts: the file with the weights to begin with, by the seed of the round's job.
+        starts: by the seed of the round's job, the file with the weights to begin with, and arguments of its own.
     """
     results = site.directory / "by-hand"
     results.mkdir()
@@ -106,7 +106,7 @@ def one_round(federation: Federation, workload: str, only: Site) -> None:
     federation.create_run("r", workload=workload, model="start", seed=SEED, cohort={"min_clients": 1, "quorum": 1})
     federation.finish("r")
     seed = derive_seed(SEED, only.name, 1)
-    hand = by_hand(only, offered(workload), {seed: start})
+    hand = by_hand(only, offered(workload), {seed: str(start)})
     same(hand["as_is"], hand["before"])
     x, y = load_file(start), hand[str(seed)]
     assert any(not np.array_equal(x[name], y[name]) for name in x)
@@ -115,8 +115,8 @@ def one_round(federation: Federation, workload: str, only: Site) -> None:
 
 @pytest.mark.timeout(300)
 def test_plain_pytorch_two_sites_and_rounds(federation: Federation) -> None:
-    tables = {name: offered("plain", args=["--ward", ward]) for name, ward in {"a": "1", "b": "2"}.items()}
-    sites = {name: site(federation, name, "plain", args=table["args"]) for name, table in tables.items()}
+    wards = {"a": ["--ward", "1"], "b": ["--ward", "2"]}
+    sites = {name: site(federation, name, "plain", args=args) for name, args in wards.items()}
     start = initial(federation, sites["a"], "plain")
     for each in sites.values():
         each.start()
@@ -125,13 +125,16 @@ def test_plain_pytorch_two_sites_and_rounds(federation: Federation) -> None:
     versions = [load_file(start), federation.export("r@1"), federation.export("r@2")]
     (first,) = (federation.root / "exports" / "r@1").glob("*.safetensors")
     seeds = {name: [derive_seed(SEED, name, number) for number in (1, 2)] for name in sites}
-    trained = {}
-    for name, each in sites.items():
-        trained[name] = by_hand(each, tables[name], dict(zip(seeds[name], (start, first), strict=True)))
-        same(trained[name]["as_is"], trained[name]["before"])
+    begun = {
+        seed: f"{weights}={','.join(args)}"
+        for name, args in wards.items()
+        for seed, weights in zip(seeds[name], (start, first), strict=True)
+    }
+    trained = by_hand(sites["a"], offered("plain"), begun)
+    same(trained["as_is"], trained["before"])
     for number in (1, 2):
         x, got = versions[number - 1], versions[number]
-        a, b = (first_version(x, trained[name][str(seeds[name][number - 1])]) for name in sites)
+        a, b = (first_version(x, trained[str(seeds[name][number - 1])]) for name in sites)
         assert got.keys() == x.keys()
         assert not np.array_equal(got["4.weight"], x["4.weight"])
         for name in x:

@@ -1,9 +1,10 @@
 """A training script of the examples, run by hand: as it is, and as it was before a federation came into it.
 
-    python -m tests.support.by_hand SCRIPT RESULTS [SEED=START ...] -- ARGUMENT ...
+    python -m tests.support.by_hand SCRIPT RESULTS [SEED=START[=ARGUMENTS] ...] -- ARGUMENT ...
 
 In one process, for the libraries take long to import. RESULTS gets `as_is.safetensors` and `before.safetensors`, both
-begun with the script's own weights; and for each SEED `SEED.safetensors`, begun with the weights in the file START.
+begun with the script's own weights; and for each SEED `SEED.safetensors`, begun with the weights in the file START,
+under other ARGUMENTS, separated by commas, if there are any.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def main(script: Path, results: Path, starts: list[str], arguments: list[str]) -
     save_file(as_is, results / "as_is.safetensors")
     seeded(OWN)
     save_file(run_before(script, lambda _: None), results / "before.safetensors")
-    for seed, _, start in (given.partition("=") for given in starts):
+    for seed, start, *own in (given.split("=") for given in starts):
+        sys.argv[1:] = own[0].split(",") if own else arguments
 
         def begin(model: Any, seed: int = int(seed), start: str = start) -> None:
             give(model, load_file(start))
