@@ -14,7 +14,7 @@ from fedlink.errors import FedlinkError
 
 _ABOUT_CODE = frozenset(
     ("AttributeError", "ImportError", "IndentationError", "ModuleNotFoundError", "NameError", "SyntaxError")
-) | {"WorkloadError", "SettingsError", "PretrainedError"}
+) | {"WorkloadError", "ScriptError", "SettingsError", "PretrainedError"}
 """Exceptions whose message is about a module or a model; others may quote data."""
 _NVIDIA = Path("/dev/nvidia0")
 

@@ -7,9 +7,28 @@
         def train(self, model, ctx): ...
         def evaluate(self, model, ctx): ...
 
+A script that is there already needs no class: it calls `load` and `save`, and what else is in
+`fedclient.trainer.inscript`.
+
 Stands on the standard library and numpy alone; torch is used where the class brings it.
 """
 
 from fedclient.trainer.api import Bounds, Context, Site, Workload, derive_seed
+from fedclient.trainer.inscript import batches, context, load, log, save, seed, setting, step, watch
 
-__all__ = ["Bounds", "Context", "Site", "Workload", "derive_seed"]
+__all__ = [
+    "Bounds",
+    "Context",
+    "Site",
+    "Workload",
+    "batches",
+    "context",
+    "derive_seed",
+    "load",
+    "log",
+    "save",
+    "seed",
+    "setting",
+    "step",
+    "watch",
+]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import operator
+import queue
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
@@ -86,11 +87,21 @@ class Workload:
 
     abilities: ClassVar[tuple[str, ...]] = ("train", "gradient", "evaluate")
     """What a class may be able to do; it can do what it overrides."""
+    reuses_model: ClassVar[bool] = True
+    """Whether a built model is good for several jobs; if not, it is built anew for each."""
+    main_thread: queue.SimpleQueue[Callable[[], None]] | None = None
+    """Calls that are to be made on the process's main thread; if it is set, the jobs are done on another one."""
     frozen_base: bool = False
     """Parameters that require no gradient are the site's own base: not part of the run's model, only their digests."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
+
+    def begin_job(self, ctx: Context) -> None:
+        """Called before each job that needs the model, before `build_model`; `ctx.device` is not known yet."""
+
+    def end_job(self, *, failed: bool) -> None:
+        """Called when such a job is over: what it raises then fails a job that had not failed."""
 
     def build_model(self) -> Any:
         """Build the model: a `torch.nn.Module` on the CPU, or a dict of numpy arrays by name.
@@ -239,6 +250,24 @@ class Context:
                 yield batch
                 self._step += 1
         self.alive()
+
+    def count_step(self, total: int = 0) -> bool:
+        """Say that a step is over of a loop that is none over `steps` or `batches`; whether another may follow.
+
+        Args:
+            total: steps of the whole job, if that is known.
+
+        Raises:
+            CancelledJob: the job is to end.
+        """
+        reach("trainer.step")
+        if not self._step and total:
+            self._share.plan(total, None, ())
+        self._step, self._total = self._step + 1, total
+        self.alive()
+        if self._max_steps and self._step >= self._max_steps:
+            return False
+        return self._step == total or not self._share.over(self._step, self.seconds)
 
     def keep(self, **things: Any) -> None:
         """Name what checkpoints hold besides the model: call it before the loop over `steps` or `batches`.

@@ -16,14 +16,16 @@ import importlib
 import importlib.metadata
 import json
 import os
+import queue
 import random
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -31,10 +33,11 @@ from fedclient.trainer.api import CancelledJob, Context, Site, Workload, derive_
 from fedclient.trainer.checkpoint import Checkpoints, CheckpointUnusable
 from fedclient.trainer.files import Loader, ModelDirectory, Shard, write_model, write_update
 from fedclient.trainer.memory import is_out_of_memory, peak_device_memory
-from fedclient.trainer.options import BUILT_IN
+from fedclient.trainer.options import BUILT_IN, SCRIPT_SUFFIX
 from fedclient.trainer.own_base import BaseMismatchError, OwnBase
 from fedclient.trainer.pipe import Pipe
 from fedclient.trainer.schema import parse_settings, settings_schema
+from fedclient.trainer.script import script_class
 from fedclient.trainer.share import Limits, Share
 from fedclient.trainer.state import State, state_of
 from fedclient.trainer.wire import (
@@ -91,6 +94,11 @@ class Worker:
         self._checkpoints: Checkpoints | None = None
         self._model: _Built | None = None
 
+    @property
+    def main_thread(self) -> queue.SimpleQueue[Callable[[], None]] | None:
+        """See `Workload`."""
+        return self._workload.main_thread
+
     def description(self) -> Description:
         """What the class offers."""
         return Description(self._schema, abilities(self._class), _devices(self._start.device))
@@ -98,12 +106,18 @@ class Worker:
     def run(self, job: Job) -> Result | Failure:
         """Do one job; whatever the user's code raises becomes a Failure."""
         try:
-            return self._begin(job)
+            result = self._begin(job)
+            self._workload.end_job(failed=False)
         except CancelledJob:
             failure = Failure(FailReason.CANCELLED, step=self._context.step)
         except BaseException as error:  # noqa: BLE001 - sys.exit() in user code is a failure like any other
             traceback.print_exc()
             failure = failure_of(error, self._context.step)
+        else:
+            if not self._workload.reuses_model:
+                self._drop_model()
+            return result
+        self._workload.end_job(failed=True)
         # What failed half-way may be in any state: the next job builds anew.
         self._close_checkpoints()
         self._drop_model()
@@ -129,16 +143,19 @@ class Worker:
         if job.model_dir is None:
             raise WorkloadError(f"a job to {job.kind.value} needs the model's directory")
         directory = ModelDirectory.read(job.model_dir)
-        # Before the device is resolved: a class may import torch only here.
+        self._context = ctx = self._new_context(job)
+        self._workload.begin_job(ctx)
         built = self._built(job.seed)
         state = built.state
-        self._context = ctx = self._new_context(job)
+        # Only now: a class may import torch no sooner than it builds its model.
+        ctx.device = _resolve(self._start.device)
         built.base.check(directory.base, ctx.alive)
         frozen = {s.name for s in directory.specs.values() if s.role.value == "frozen"}
         state.begin(training=job.kind is JobKind.TRAIN, device=ctx.device, frozen=frozen)
         built.base.settle()
         built.loader.load(directory, job.model_key, ctx.alive, self._arriving(directory) if job.awaited else None)
-        if job.checkpoint_dir and job.checkpoint_every and _ability(job) == "train":
+        checkpoints = self._workload.reuses_model and job.checkpoint_every and _ability(job) == "train"
+        if job.checkpoint_dir and checkpoints:
             self._checkpoints = self._new_checkpoints(job, job.checkpoint_dir, state)
             if resume:
                 self._checkpoints.look()
@@ -229,6 +246,7 @@ class Worker:
     def _init(self, job: Job) -> Result:
         self._context = Context(settings=None, report=self._report, cancelled=self._pipe.cancelled)
         self._drop_model()
+        self._workload.begin_job(self._context)
         built = self._built(job.seed)
         base = built.base.tensors(self._context.alive)
         if job.model_dir is not None:
@@ -264,7 +282,6 @@ class Worker:
     def _new_context(self, job: Job) -> Context:
         return Context(
             settings=parse_settings(self._class.Settings, job.settings),
-            device=_resolve(self._start.device),
             seed=derive_seed(job.seed, job.client, job.round, job.kind),
             client=job.client,
             run=job.run,
@@ -305,13 +322,17 @@ def check_protocol(version: int) -> None:
 
 
 def find_class(trainer: str, directory: Path) -> type[Workload]:
-    """Import `module:Class`, looked up in `directory` first, then among the installed packages; or a built-in one.
+    """Import `module:Class`, looked up in `directory` first, then among the installed packages; or what stands for it.
+
+    A built-in workload has a name instead, and a script its path, relative to `directory`.
 
     Raises:
         WorkloadError: there is no such class, or it is no usable Workload.
         Exception: whatever importing the module raises.
     """
     sys.path.insert(0, str(directory))
+    if trainer.endswith(SCRIPT_SUFFIX):
+        return script_class(directory / trainer)
     module, _, name = BUILT_IN.get(trainer, trainer).partition(":")
     found = getattr(importlib.import_module(module), name, None)
     if not isinstance(found, type) or not issubclass(found, Workload):
@@ -397,9 +418,21 @@ def main() -> int:
         traceback.print_exc()
         pipe.send("failed", failure_of(error, 0).to_json())
         return 1
+    if worker.main_thread is None:
+        _serve(pipe, worker)
+    threading.Thread(target=_serve, args=(pipe, worker), name="fedclient-jobs", daemon=True).start()
     while True:
-        answer = worker.run(Job.from_json(pipe.receive()))
-        pipe.send("done" if isinstance(answer, Result) else "failed", answer.to_json())
+        worker.main_thread.get()()
+
+
+def _serve(pipe: Pipe, worker: Worker) -> NoReturn:
+    try:
+        while True:
+            answer = worker.run(Job.from_json(pipe.receive()))
+            pipe.send("done" if isinstance(answer, Result) else "failed", answer.to_json())
+    except BaseException:  # noqa: BLE001 - on a thread it would end that thread alone
+        traceback.print_exc()
+        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar
 import numpy.typing as npt
 import torch
 
+from fedclient.trainer.adapters import adapter_file, adapter_names
 from fedclient.trainer.api import Bounds, Context, Site, Workload
 from fedclient.trainer.options import DataOptions, Files, LoraOptions, ParameterOptions, PrecisionOptions
 from fedclient.trainer.text import lora, optimizers, schedules
@@ -196,7 +197,7 @@ class FineTuning(Workload):
                 torch.manual_seed(_BASE_SEED)
                 base = self.pretrained.model(self.kind, self.config, dtype, new_head=self.new_head)
             model = lora.with_adapters(base, self.lora, self.task)
-            self._adapter_file = lora.adapter_file(model, Path(str(self.site.options["model"])).name)
+            self._adapter_file = adapter_file(model, Path(str(self.site.options["model"])).name)
         if self.precision.gradient_checkpointing:
             # What newer and older releases of transformers call it.
             names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
@@ -206,7 +207,7 @@ class FineTuning(Workload):
 
     def tensor_names(self, model: Any) -> Mapping[str, str]:
         """See `Workload`: with adapters, the names that peft gives them."""
-        return lora.adapter_names(model) if self.lora is not None else {}
+        return adapter_names(model) if self.lora is not None else {}
 
     def model_files(self) -> Mapping[str, bytes]:
         """See `Workload`: what `from_pretrained` needs besides the weights."""
