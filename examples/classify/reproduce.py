@@ -33,8 +33,8 @@ NAMES = ("site-1", "site-2", "site-3", "site-4")
 SEEDS = (1, 2, 3)
 ALPHA = 0.5
 MAX_LENGTH = 48
-ROUNDS = 5
-STEPS = 15
+ROUNDS = 10
+STEPS = 8
 TESTED = 64
 """Texts of each site on which the versions of a federated run are measured meanwhile."""
 TRAINED = {"train": ["bert.encoder.layer.[45].*", "bert.pooler.*", "classifier.*"]}
