@@ -50,6 +50,7 @@ __all__ = [
 ]
 
 _NO_ROOM = tuple(f"[Errno {number}]" for number in DISK_REFUSES)
+_QUOTES_NOTHING = frozenset({"DataError", "LimitUncountedError", "PretrainedError"})
 CANCEL_GRACE = 10.0
 """Seconds a job has to stop by itself when it is cancelled."""
 
@@ -93,6 +94,11 @@ class TrainerFailed(Exception):  # noqa: N818 - a verdict on the user's code, no
         self.retryable = retryable
         self.no_room = no_room
         self.output = output
+
+    @property
+    def own_words(self) -> str:
+        """What a built-in workload says of files and columns, quoting no value; else empty. It stays at the site."""
+        return self.output.partition("\n")[0] if self.exception_class in _QUOTES_NOTHING else ""
 
 
 class Trainer:

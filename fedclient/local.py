@@ -127,8 +127,14 @@ async def init_model(
     """
     async with _trainer(site, workload) as (trainer, scratch):
         given = await asyncio.to_thread(import_model, weights, scratch / "given") if weights else None
-        start = await _failures_named(_init(trainer, scratch / "init", seed, given), trainer)
-        if weights and start.is_dir():
+        try:
+            start = await _failures_named(_init(trainer, scratch / "init", seed, given), trainer)
+        except FedlinkError:
+            if weights:  # A rank that differs is said plainer by the two configurations than by a tensor's shape.
+                drawn = await _failures_named(_init(trainer, scratch / "drawn", seed), trainer)
+                check_same_adapter(weights, drawn, workload)
+            raise
+        if weights:
             check_same_adapter(weights, start, workload)
         await asyncio.to_thread(_move, start, output)
     return output
@@ -227,6 +233,8 @@ async def _failures_named(doing: Coroutine[Any, Any, T], trainer: Trainer) -> T:
     try:
         return await doing
     except TrainerFailed as e:
+        if e.own_words:
+            raise FedlinkError(Reason.FAILED, e.own_words) from None
         said = f" ({e.output.splitlines()[0]})" if e.output else ""
         raise FedlinkError(Reason.FAILED, f"{e.message}{said}; its output is in {trainer.log_path}") from None
 

@@ -71,8 +71,10 @@ def init_model(
 
 def _line(version: LocalVersion, rounds: int) -> str:
     parts = [f"version {version.version}/{rounds}"]
-    parts += [f"train {name} {value:.4f}" for name, value in sorted(version.train.items())]
-    parts += [f"{name} {value:.4f}" for name, value in sorted(version.evaluation.items())]
+    # What a site's data are like is the same in each round, and `fedclient doctor` prints it.
+    trained = {name: value for name, value in version.train.items() if not name.startswith("data.")}
+    parts += [f"train {name} {value:.5g}" for name, value in sorted(trained.items())]
+    parts += [f"{name} {value:.5g}" for name, value in sorted(version.evaluation.items())]
     return "  ".join(parts)
 
 
