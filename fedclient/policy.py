@@ -70,7 +70,7 @@ class Terms:
         """
         if not any(fnmatchcase(order.run, pattern) for pattern in self.settings.runs):
             raise Refused(f"this site does not let run {order.run} use workload {self.name}")
-        needed = {Kind.GRADIENT: "gradient", Kind.DELTA: "train"}.get(order.update or Kind.MODEL, "evaluate")
+        needed = "gradient" if order.update is Kind.GRADIENT else order.activity
         if needed not in self.abilities:
             raise Refused(f"workload {self.name} of this site cannot do {needed!r}")
         if order.update and order.update_dtype not in UPDATE_DTYPES:
@@ -83,6 +83,12 @@ class Terms:
         if wrong:
             raise Refused(f"settings of workload {self.name}: {'; '.join(wrong)}"[:MAX_MESSAGE])
         return settings
+
+    @property
+    def limits(self) -> dict[str, tuple[float | None, float | None]]:
+        """Least and greatest value of each numeric setting that has one."""
+        bounded = {name: (known.minimum, known.maximum) for name, known in self.schema.properties.items()}
+        return {name: bounds for name, bounds in bounded.items() if bounds != (None, None)}
 
     def let_out(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Those metrics that may leave the site: allowed by name, finite, not too many."""

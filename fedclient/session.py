@@ -413,6 +413,10 @@ def _order_from_pb(task: pb.Task) -> Order:
             "update_dtype": types_pb.Dtype.Name(task.train.update_dtype).removeprefix("DTYPE_"),
             "max_update_bytes": task.train.max_update_bytes,
         }
+    elif task.WhichOneof("work") == "calibrate":
+        work = {"calibrate": tuple(task.calibrate.settings)}
+        if not work["calibrate"]:
+            raise FedlinkError(Reason.WRONG_RESULT, "the task asks for no setting")
     elif task.WhichOneof("work") is None:
         raise FedlinkError(Reason.WRONG_RESULT, "the task asks for something this client does not know; upgrade it")
     model = ref_from_pb(task.model)

@@ -76,6 +76,8 @@ class Order(_Kept):
     """What a training task sends: DELTA or GRADIENT. None: the task is an evaluation."""
     update_dtype: str = ""
     max_update_bytes: int = Field(0, ge=0)
+    calibrate: tuple[str, ...] = Field((), max_length=64)
+    """The settings to measure; with some, the task is nothing else."""
 
     @property
     def model(self) -> BlobRef:
@@ -84,7 +86,9 @@ class Order(_Kept):
 
     @property
     def activity(self) -> str:
-        """What it is, in a word: train or evaluate."""
+        """What it is, in a word: train, evaluate or calibrate."""
+        if self.calibrate:
+            return "calibrate"
         return "evaluate" if self.update is None else "train"
 
     @property
@@ -96,6 +100,8 @@ class Order(_Kept):
     def _consistent(self) -> Self:
         if self.update is Kind.MODEL or (self.update is None) != (not self.update_dtype):
             raise ValueError("the task asks for an update that is none")
+        if self.calibrate and self.update is not None:
+            raise ValueError("the task asks for two things at once")
         return self
 
 

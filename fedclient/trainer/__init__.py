@@ -10,6 +10,8 @@
 Stands on the standard library and numpy alone; torch is used where the class brings it.
 """
 
-from fedclient.trainer.api import Bounds, Context, Site, Workload, derive_seed
+from fedclient.trainer.api import Bounds, Context, Site, Workload, derive_seed, measured
+from fedclient.trainer.largest_batch import find_batch_size
+from fedclient.trainer.range_test import find_learning_rate
 
-__all__ = ["Bounds", "Context", "Site", "Workload", "derive_seed"]
+__all__ = ["Bounds", "Context", "Site", "Workload", "derive_seed", "find_batch_size", "find_learning_rate", "measured"]

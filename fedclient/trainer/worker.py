@@ -16,7 +16,6 @@ import importlib
 import importlib.metadata
 import json
 import os
-import random
 import sys
 import time
 import traceback
@@ -25,17 +24,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from fedclient.trainer.api import CancelledJob, Context, Site, Workload, derive_seed
+from fedclient.trainer.api import Bounds, CancelledJob, Context, Site, Workload, derive_seed
 from fedclient.trainer.checkpoint import Checkpoints, CheckpointUnusable
 from fedclient.trainer.files import Loader, ModelDirectory, Shard, write_model, write_update
+from fedclient.trainer.found import Finding, Found, fingerprint
 from fedclient.trainer.memory import is_out_of_memory, peak_device_memory
 from fedclient.trainer.options import BUILT_IN
 from fedclient.trainer.own_base import BaseMismatchError, OwnBase
 from fedclient.trainer.pipe import Pipe
-from fedclient.trainer.schema import parse_settings, settings_schema
+from fedclient.trainer.schema import check_found, left_open, parse_settings, settings_schema
 from fedclient.trainer.state import State, state_of
+from fedclient.trainer.undone import seed_everything
 from fedclient.trainer.wire import (
     PROTOCOL,
     Description,
@@ -118,7 +117,7 @@ class Worker:
         self._drop_model()
         return self._run(replace(job, awaited=False), resume=False)
 
-    def _run(self, job: Job, *, resume: bool = True) -> Result:
+    def _run(self, job: Job, *, resume: bool = True, measured: frozenset[str] = frozenset()) -> Result:
         self._context = Context(settings=None)
         self._close_checkpoints()
         if job.kind is JobKind.INIT:
@@ -131,12 +130,19 @@ class Worker:
         # Before the device is resolved: a class may import torch only here.
         built = self._built(job.seed)
         state = built.state
-        self._context = ctx = self._new_context(job)
+        self._context = ctx = self._new_context(job, measured)
         built.base.check(directory.base, ctx.alive)
         frozen = {s.name for s in directory.specs.values() if s.role.value == "frozen"}
         state.begin(training=job.kind is JobKind.TRAIN, device=ctx.device, frozen=frozen)
         built.base.settle()
         built.loader.load(directory, job.model_key, ctx.alive, self._arriving(directory) if job.awaited else None)
+        if job.kind is not JobKind.EVALUATE and left_open(self._schema, job.settings):
+            found = self._found(job, built)
+            if job.kind is JobKind.CALIBRATE:
+                return Result(0, ctx.step, {}, 0.0, memory_bytes=peak_memory(), found=found)
+            # As if nothing had been measured: with a model built anew. By now all shards are there.
+            resolved = replace(job, settings={**job.settings, **found}, awaited=False)
+            return self._run(resolved, resume=resume, measured=frozenset(found))
         if job.checkpoint_dir and job.checkpoint_every and _ability(job) == "train":
             self._checkpoints = self._new_checkpoints(job, job.checkpoint_dir, state)
             if resume:
@@ -160,6 +166,31 @@ class Worker:
             )
             reach("trainer.update")
         return Result(examples, ctx.step, ctx.metrics, seconds, files, peak_memory(), peak_device_memory())
+
+    def _found(self, job: Job, built: _Built) -> dict[str, float]:
+        """The settings that are "auto": as they were found before, or measured now."""
+        names = left_open(self._schema, job.settings)
+        may = left_open(self._schema, None)
+        fixed = {name: value for name, value in job.settings.items() if name not in may}
+        finding = Finding(
+            run=f"{job.run}/{job.client}",
+            names=tuple(names),
+            given=json.dumps({name: job.settings.get(name) for name in may}),
+            kind=json.dumps([self._start.to_json() | {"kept": ""}, fixed, job.limits, _versions()], sort_keys=True),
+            model=fingerprint(built.state, self._context.alive),
+        )
+        kept = Found(Path(self._start.kept))
+        found = kept.look(finding, by_run=job.kind is not JobKind.CALIBRATE)
+        if found is None:
+            self._context.note(f"measures {', '.join(names)}")
+            seed_everything(self._context.seed)
+            given = self._workload.calibrate(built.model, self._context)
+            found = check_found(self._schema, names, given, self._context.limits)
+            if not job.max_steps:
+                kept.put(finding, found)
+        self._context.note("found " + ", ".join(f"{name} {value:g}" for name, value in found.items()))
+        self._drop_model()
+        return found
 
     def _compute(self, job: Job, built: _Built) -> Any:
         ctx, model = self._context, built.model
@@ -244,7 +275,7 @@ class Worker:
         if torch is not None and torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
-    def _new_context(self, job: Job) -> Context:
+    def _new_context(self, job: Job, measured: frozenset[str]) -> Context:
         return Context(
             settings=parse_settings(self._class.Settings, job.settings),
             device=_resolve(self._start.device),
@@ -255,6 +286,8 @@ class Worker:
             rounds=job.rounds,
             version=job.version,
             max_steps=job.max_steps,
+            measured=measured,
+            limits={name: Bounds(*bounds) for name, bounds in job.limits.items()},
             report=self._report,
             cancelled=self._pipe.cancelled,
         )
@@ -301,21 +334,15 @@ def find_class(trainer: str, directory: Path) -> type[Workload]:
         raise WorkloadError(f"{trainer}: there is no class {name} in it that derives from fedclient.trainer.Workload")
     if found.build_model is Workload.build_model or not abilities(found):
         raise WorkloadError(f"{trainer}: it needs build_model and at least one of {', '.join(Workload.abilities)}")
+    measured = left_open(settings_schema(found.Settings), None)
+    if measured and "calibrate" not in abilities(found):
+        raise WorkloadError(f"{trainer}: {measured[0]} may be \"auto\", but the class has no method 'calibrate'")
     return found
 
 
 def abilities(found: type[Workload]) -> tuple[str, ...]:
-    """Which of "train", "gradient", "evaluate" a class implements."""
+    """Which of `Workload.abilities` a class implements."""
     return tuple(name for name in Workload.abilities if getattr(found, name) is not getattr(Workload, name))
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python's, numpy's and (where it is loaded) torch's global generators."""
-    random.seed(seed)
-    np.random.seed(seed % (1 << 32))  # noqa: NPY002 - user code may draw from the global one
-    torch = sys.modules.get("torch")
-    if torch is not None:
-        torch.manual_seed(seed)
 
 
 def failure_of(error: BaseException, step: int) -> Failure:
