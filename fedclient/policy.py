@@ -18,7 +18,7 @@ from fedclient.session import Offer, TaskFailure
 from fedclient.settings import WorkloadSettings
 from fedclient.spool import Order
 from fedlink.errors import FedlinkError, Reason
-from fedlink.settings_schema import Schema, check_settings, narrow, parse_schema, parse_settings
+from fedlink.settings_schema import Schema, check_settings, narrow, open_settings, parse_schema, parse_settings
 from fedlink.tensors import UPDATE_DTYPES, Kind
 
 MAX_METRICS = 64
@@ -80,6 +80,8 @@ class Terms:
         except FedlinkError as e:
             raise Refused(e.message) from None
         wrong = check_settings(self.schema, settings)
+        if not_open := sorted(set(order.calibrate) - set(open_settings(self.schema, settings))):
+            wrong.append(f"{', '.join(not_open)}: there is nothing to measure")
         if wrong:
             raise Refused(f"settings of workload {self.name}: {'; '.join(wrong)}"[:MAX_MESSAGE])
         return settings

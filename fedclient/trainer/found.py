@@ -100,11 +100,11 @@ class Attempts:
     def __init__(self, directory: Path | None, kind: str) -> None:
         self._path = directory / _ATTEMPTS if directory else None
         self._kind = hashlib.sha256(kind.encode()).hexdigest()
-        table = read_table(self._path) if self._path else None
-        same = isinstance(table, dict) and table.get("kind") == self._kind
-        self.fits: int = table["fits"] if same else 0
+        found = read_table(self._path) if self._path else None
+        table = found if isinstance(found, dict) and found.get("kind") == self._kind else {"fits": 0, "fails": 0}
+        self.fits: int = table["fits"]
         """The largest size that is known to fit; 0 if none is."""
-        self.fails: int = table["fails"] if same else 0
+        self.fails: int = table["fails"]
         """The least that is known not to; 0 if none is. What was being tried when the process ended is one."""
 
     def trying(self, size: int) -> None:

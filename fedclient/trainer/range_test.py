@@ -3,13 +3,15 @@
 The rule. From the run's starting weights the rate grows geometrically, one step a rate, over `SWEEP_STEPS` steps from
 `LOWEST` to `HIGHEST`, or between the limits of the setting. The loss of each step's batch is smoothed; the sweep ends
 early where the smoothed loss is not finite or `DIVERGED` times the least so far. The highest rate at which it was still
-within `NEAR` of the least is the edge: above it training does not gain any more. This is the range test of L. N. Smith, "Cyclical Learning Rates for
-Training Neural Networks" (2015, arXiv:1506.01186) and "Super-Convergence" (with N. Topin, 2017, arXiv:1708.07120).
+within `NEAR` of the least is the edge: above it training does not gain any more. This is the range test of L. N. Smith,
+"Cyclical Learning Rates for Training Neural Networks" (2015, arXiv:1506.01186), and of "Super-Convergence" (with
+N. Topin, 2017, arXiv:1708.07120).
 
-What is best lies below the edge, how far depends on how long one trains. So the edge is only where the trials begin:
-each trains a few steps from the starting weights, all on the same batches, at one of the rates edge / sqrt(10)^k, and
-is measured on examples that it has not seen. They go on upward or downward as long as that is better, and then look at
-the two neighbours, a factor 10^(1/4) apart. The rate with the least held-out loss is the answer.
+What is best lies about the edge or below, how far depends on how long one trains. So the edge is only where the trials
+begin: each trains from the starting weights, on the same batches, at one of the rates edge / sqrt(10)^k, k = 0, 1, 2,
+and is measured on examples that it has not seen. They go on upward and downward as long as that is better; then the two
+neighbours of the best are tried, a factor 10^(1/4) apart. Of the rates whose held-out loss is within `EQUAL` of the
+least the lowest is the answer: it is the safer one where a run trains for longer than a trial.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ _FURTHER = 6
 
 Descend = Callable[[Sequence[float], int], Iterator[Any]]
 """Takes a step with each rate in turn, with an optimizer of its own, and yields after each step the loss that it saw
-before it moved the weights. The second argument is the number of the fold, from 0: the same one means the same batches."""
+before it moved the weights. The second argument is the number of the fold, from 0: the same one
+means the same batches."""
 HeldOut = Callable[[int], float]
 """The loss of the present weights on the examples of a fold, which `Descend` does not train on in that fold."""
 

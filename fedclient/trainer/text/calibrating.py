@@ -85,9 +85,8 @@ class Calibration:
         def held_out(_fold: int) -> float:
             return self._measured(held, size)
 
-        in_round = settings.steps or settings.epochs * len(
-            Steps(len(self._corpus), size, 1, self._ctx.rng(), effective)
-        )
+        epoch = Steps(len(self._corpus), size, 1, self._ctx.rng(), effective)
+        in_round = settings.steps or settings.epochs * len(epoch)
         trial = min(TRIAL_STEPS, in_round * max(1, self._ctx.rounds))
         shape = schedules.Schedule(settings.schedule, 1.0, trial, settings.warmup, settings.floor)
         shares = [shape.rate(step) for step in range(trial)]
@@ -114,4 +113,4 @@ class Calibration:
                 batch = self._workload.make_batch(corpus, order[first : first + size], padding)
                 total += float(self._workload.summed_loss(self._model, batch))
         self._model.train()
-        return total / max(1, int(self._workload.weights(corpus)[held].sum()))
+        return total / max(1, int(self._workload.train_weights[held].sum()))

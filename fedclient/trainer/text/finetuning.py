@@ -176,6 +176,11 @@ class FineTuning(Workload):
         return corpus
 
     @cached_property
+    def train_weights(self) -> npt.NDArray[Any]:
+        """The `weights` of what is learned from."""
+        return self.weights(self.train_corpus)
+
+    @cached_property
     def test_corpus(self) -> Corpus | None:
         """What evaluations measure on; None if the site has nothing for it."""
         return self.make_corpus(self._paths(self.options.test)) if self.options.test else None
@@ -259,7 +264,7 @@ class FineTuning(Workload):
             meter.end_step(optimizer.param_groups[0]["lr"], int(corpus.sizes[numbers_of(batches)].sum()))
         if kept:
             kept.save(optimizer)
-        ctx.num_examples = int(self.weights(corpus).sum())
+        ctx.num_examples = int(self.train_weights.sum())
 
     def calibrate(self, model: Any, ctx: Context) -> Mapping[str, float]:
         """See `Workload`."""
@@ -287,7 +292,7 @@ class FineTuning(Workload):
             Each batch's summed loss, and what it weighs.
         """
         corpus, padding = self.train_corpus, self.padding(device)
-        counts = [int(self.weights(corpus)[numbers].sum()) for numbers in batches]
+        counts = [int(self.train_weights[numbers].sum()) for numbers in batches]
         for numbers, count in zip(batches, counts, strict=True):
             with waiting():
                 batch = self.make_batch(corpus, numbers, padding)
