@@ -13,6 +13,8 @@ from fedserver.runtime.board import OpenTask, TaskBoard
 from fedserver.runtime.sites import SiteRegistry
 from fedserver.store.rows import RunRow, TaskRow
 
+_SAID = 200
+
 
 class Calibrating:
     """The deadline of a run's calibration; its tasks are on the board. Used with the driver's lock held."""
@@ -78,5 +80,6 @@ class Calibrating:
 
 def _fate(row: TaskRow) -> str:
     if row.state == TaskState.FAILED:
-        return f"{row.reason}: {row.message}" if row.message else row.reason
+        said = row.message.partition("\n")[0][:_SAID]
+        return f"{row.reason}: {said}" if said else row.reason
     return "it gave no answer in time"
