@@ -22,7 +22,7 @@ from fedserver.rounds.wording import listed, size
 
 _ASK_SECONDS = 2.0
 _QUIET_SECONDS = 10.0
-_SILENT = ("run_created", "calibration_started", "round_started", "round_closed", "task_accepted", "run_finishing")
+_SILENT = ("run_created", "run_calibration_started", "round_started", "round_closed", "task_accepted", "run_finishing")
 
 
 @dataclass

@@ -295,7 +295,7 @@ def retry_wait(row: TaskRow) -> float:
 
     Half of it is jitter, drawn from the token, so that a restart changes nothing.
     """
-    if row.attempt <= 1:
+    if row.kind == "evaluate" or row.attempt <= 1:
         return 0.0
     longest = min(RETRY_CAP, RETRY_BASE * 2.0 ** min(row.attempt - 2, 60))
     return longest * (1.0 + random.Random(row.token).random()) / 2  # noqa: S311 - jitter, no secret

@@ -71,7 +71,7 @@ def issue_calibration(
     """Write a task for each site to measure settings of the run."""
     if attempt == 1:
         q.add_event(
-            c, run.id, "calibration_started", {"settings": list(names), "clients": sorted(clients)}, time.time()
+            c, run.id, "run_calibration_started", {"settings": list(names), "clients": sorted(clients)}, time.time()
         )
     return _issue(c, run, "calibrate", clients, attempt=attempt, round=0, round_attempt=0, version=0)
 

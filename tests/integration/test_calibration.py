@@ -53,7 +53,7 @@ def test_the_median_goes_for_all_and_each_keeps_its_own_batch(federation):
     run(federation, clients=3)
     events = federation.finish("run")
     kinds = [e["kind"] for e in events]
-    assert kinds.index("calibration_started") < kinds.index("run_calibrated") < kinds.index("round_started")
+    assert kinds.index("run_calibration_started") < kinds.index("run_calibrated") < kinds.index("round_started")
     told = next(e["data"] for e in events if e["kind"] == "run_calibrated")
     assert told["settings"] == {"learning_rate": 0.25}
     assert told["sites"] == {n: {"learning_rate": r, "batch_size": i + 1} for i, (n, r) in enumerate(rates.items())}

@@ -98,7 +98,7 @@ class Calibration:
         """One step as the run does it; returns its loss."""
         losses, weight = 0.0, 0
         for loss, counted in self._workload.gradients(self._model, batches, self._precision, self._ctx.device):
-            losses, weight = losses + float(loss), weight + counted
+            losses, weight = losses + float(loss.detach()), weight + counted
         self._workload.step(optimizer, self._precision, settings.max_grad_norm)
         return losses / max(1, weight)
 
