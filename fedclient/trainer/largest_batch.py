@@ -76,8 +76,9 @@ def _fits(attempt: Callable[[int], object], size: int, device: str) -> bool:
         fits = False
     else:
         fits = True
-    # Not in the handler: the error holds on to everything that the attempt had.
-    gc.collect()
+    if not fits:
+        # Not in the handler: the error holds on to everything that the attempt had.
+        gc.collect()
     give_back()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():

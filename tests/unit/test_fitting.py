@@ -72,6 +72,7 @@ def network() -> torch.nn.Module:
 
 
 def search(model: torch.nn.Module, ctx: Context) -> float:
+    torch.set_num_threads(1)
     x = torch.randn(64, 5, generator=torch.Generator().manual_seed(1))
     y = (x.sum(1, keepdim=True) > 0).float()
 
@@ -91,7 +92,7 @@ def search(model: torch.nn.Module, ctx: Context) -> float:
         with torch.no_grad():
             return float(torch.nn.functional.binary_cross_entropy_with_logits(model(x[48:]), y[48:]))
 
-    return find_learning_rate(model, ctx, descend=descend, held_out=held_out, schedule=[1.0] * 20, folds=2)
+    return find_learning_rate(model, ctx, descend=descend, held_out=held_out, schedule=[1.0] * 5, folds=2)
 
 
 def test_search_is_repeatable_and_leaves_no_trace_in_a_module():
@@ -155,8 +156,10 @@ def test_a_search_whose_process_is_killed_goes_on_below(tmp_path):
     program = f"""
 import os, signal
 from pathlib import Path
-from tests.unit.test_fitting import context
-from fedclient.trainer import find_batch_size
+from fedclient.trainer import Context, find_batch_size
+
+class Settings:
+    pass
 
 def attempt(size):
     with open({str(tmp_path / "tried")!r}, "a") as f:
@@ -164,7 +167,7 @@ def attempt(size):
     if size > 40:
         os.kill(os.getpid(), signal.SIGKILL)
 
-print(find_batch_size(context(), attempt, most=512, kept=Path({str(tmp_path)!r})))
+print(find_batch_size(Context(settings=Settings()), attempt, most=512, kept=Path({str(tmp_path)!r})))
 """
     outputs = []
     while not outputs or not outputs[-1]:
@@ -182,9 +185,11 @@ MEMORY = """
 import os, resource
 from pathlib import Path
 import torch
-from tests.unit.test_fitting import context
-from fedclient.trainer import find_batch_size
+from fedclient.trainer import Context, find_batch_size
 from fedclient.trainer.memory import is_out_of_memory
+
+class Settings:
+    pass
 
 torch.set_num_threads(1)
 weight = torch.nn.Parameter(torch.ones(1))
@@ -210,14 +215,15 @@ def fits(size):
 attempt(1)
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20), resource.RLIM_INFINITY))
-limit = 1
-while fits(limit + 1):
-    limit += 1
-print(limit, find_batch_size(context(), attempt, most=1 << 20))
+limit, above = 1, 128
+while above - limit > 1:
+    middle = (limit + above) // 2
+    limit, above = (middle, above) if fits(middle) else (limit, middle)
+print(limit, find_batch_size(Context(settings=Settings()), attempt, most=1 << 20))
 """
 
 
-def test_under_a_limit_of_memory_the_search_is_within_a_tenth_of_brute_force():
+def test_under_a_limit_of_memory_the_search_is_within_a_tenth_of_the_limit():
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     limit, found = map(int, done.stdout.split())
