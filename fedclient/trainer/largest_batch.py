@@ -24,7 +24,7 @@ from pathlib import Path
 
 from fedclient.trainer.api import Context
 from fedclient.trainer.found import Attempts
-from fedclient.trainer.memory import give_back, is_out_of_memory, within_free_memory
+from fedclient.trainer.memory import is_out_of_memory, keep_whole, within_free_memory
 
 CLOSE = 1.1
 """The search ends where what does not fit is at most so many times what fits."""
@@ -48,6 +48,7 @@ def find_batch_size(ctx: Context, attempt: Callable[[int], object], *, most: int
     Raises:
         NothingFitsError: not even one example fits.
     """
+    keep_whole()
     attempts = Attempts(kept, f"{ctx.device}/{most}/{sorted(vars(ctx.settings).items())}")
     fits, fails = attempts.fits, attempts.fails or most + 1
     while not fails <= max(fits + 1, int(fits * CLOSE)):
@@ -79,7 +80,6 @@ def _fits(attempt: Callable[[int], object], size: int, device: str) -> bool:
     if not fits:
         # Not in the handler: the error holds on to everything that the attempt had.
         gc.collect()
-    give_back()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.empty_cache()

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _SHARE = 0.9
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_LARGE = 1 << 20
 _FIRST_TO_GO = "1000"
 
 
@@ -59,10 +61,16 @@ def within_free_memory(device: str) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def give_back() -> None:
-    """Return what the C library holds of freed memory to the system, where it can be told to."""
+def keep_whole() -> None:
+    """Have large blocks go back to the system as soon as they are freed, where the C library can be told to.
+
+    Else it keeps them for smaller ones, and what fits depends on what was there before. It costs some time.
+    """
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+        library = ctypes.CDLL(None)
+        library.mallopt(_MMAP_THRESHOLD, _LARGE)
+        library.mallopt(_TRIM_THRESHOLD, _LARGE)
+        library.malloc_trim(0)
 
 
 def _free_memory() -> int | None:

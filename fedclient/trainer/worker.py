@@ -28,7 +28,7 @@ from fedclient.trainer.api import Bounds, CancelledJob, Context, Site, Workload,
 from fedclient.trainer.checkpoint import Checkpoints, CheckpointUnusable
 from fedclient.trainer.files import Loader, ModelDirectory, Shard, write_model, write_update
 from fedclient.trainer.found import Finding, Found, fingerprint
-from fedclient.trainer.memory import is_out_of_memory, peak_device_memory
+from fedclient.trainer.memory import is_out_of_memory, keep_whole, peak_device_memory
 from fedclient.trainer.options import BUILT_IN
 from fedclient.trainer.own_base import BaseMismatchError, OwnBase
 from fedclient.trainer.pipe import Pipe
@@ -137,6 +137,8 @@ class Worker:
         built.base.settle()
         built.loader.load(directory, job.model_key, ctx.alive, self._arriving(directory) if job.awaited else None)
         if job.kind is not JobKind.EVALUATE and left_open(self._schema, job.settings):
+            # As it was while a batch was looked for, also where that was another process.
+            keep_whole()
             found = self._found(job, built)
             if job.kind is JobKind.CALIBRATE:
                 return Result(0, ctx.step, {}, 0.0, memory_bytes=peak_memory(), found=found)

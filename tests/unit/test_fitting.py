@@ -186,7 +186,7 @@ import os, resource
 from pathlib import Path
 import torch
 from fedclient.trainer import Context, find_batch_size
-from fedclient.trainer.memory import is_out_of_memory
+from fedclient.trainer.memory import is_out_of_memory, keep_whole
 
 class Settings:
     pass
@@ -212,6 +212,7 @@ def fits(size):
     assert code in (0, 1)
     return code == 0
 
+keep_whole()
 attempt(1)
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20), resource.RLIM_INFINITY))
@@ -223,6 +224,8 @@ print(limit, find_batch_size(Context(settings=Settings()), attempt, most=1 << 20
 """
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_under_a_limit_of_memory_the_search_is_within_a_tenth_of_the_limit():
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
