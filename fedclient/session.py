@@ -418,6 +418,10 @@ def _order_from_pb(task: pb.Task) -> Order:
             # What is 0 is not set.
             "work": WorkLimits(**{field.name: value for field, value in task.train.limits.ListFields()}),
         }
+    elif task.WhichOneof("work") == "calibrate":
+        work = {"calibrate": tuple(task.calibrate.settings)}
+        if not work["calibrate"]:
+            raise FedlinkError(Reason.WRONG_RESULT, "the task asks for no setting")
     elif task.WhichOneof("work") is None:
         raise FedlinkError(Reason.WRONG_RESULT, "the task asks for something this client does not know; upgrade it")
     model = ref_from_pb(task.model)

@@ -79,6 +79,8 @@ class Order(_Kept):
     max_update_bytes: int = Field(0, ge=0)
     work: WorkLimits = WorkLimits()
     """What the run asks of this site."""
+    calibrate: tuple[str, ...] = Field((), max_length=64)
+    """The settings to measure; with some, the task is nothing else."""
 
     @property
     def model(self) -> BlobRef:
@@ -87,7 +89,9 @@ class Order(_Kept):
 
     @property
     def activity(self) -> str:
-        """What it is, in a word: train or evaluate."""
+        """What it is, in a word: train, evaluate or calibrate."""
+        if self.calibrate:
+            return "calibrate"
         return "evaluate" if self.update is None else "train"
 
     @property
@@ -99,6 +103,8 @@ class Order(_Kept):
     def _consistent(self) -> Self:
         if self.update is Kind.MODEL or (self.update is None) != (not self.update_dtype):
             raise ValueError("the task asks for an update that is none")
+        if self.calibrate and self.update is not None:
+            raise ValueError("the task asks for two things at once")
         return self
 
 

@@ -13,8 +13,10 @@ A script that is there already needs no class: it calls `load` and `save`, and w
 Stands on the standard library and numpy alone; torch is used where the class brings it.
 """
 
-from fedclient.trainer.api import Bounds, Context, Site, Workload, derive_seed
+from fedclient.trainer.api import Bounds, Context, Site, Workload, derive_seed, measured
 from fedclient.trainer.inscript import batches, context, load, log, save, seed, setting, step, watch
+from fedclient.trainer.largest_batch import find_batch_size
+from fedclient.trainer.range_test import find_learning_rate
 
 __all__ = [
     "Bounds",
@@ -24,8 +26,11 @@ __all__ = [
     "batches",
     "context",
     "derive_seed",
+    "find_batch_size",
+    "find_learning_rate",
     "load",
     "log",
+    "measured",
     "save",
     "seed",
     "setting",

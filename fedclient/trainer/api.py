@@ -24,6 +24,8 @@ from fedlink.failpoints import reach
 if TYPE_CHECKING:
     import torch
 
+AUTO = "auto"
+"""What a run gives for a setting that the site is to measure: see `Workload.calibrate`."""
 MAX_METRICS = 64
 """Different metrics one job may log."""
 REPORT_EVERY = 0.25
@@ -83,9 +85,10 @@ class Workload:
 
         Fields are int, float, bool, str, `Literal[...]`, or `list[...]` or `tuple[..., ...]` of these;
         numbers take limits by `Annotated[float, Bounds(0, 1)]`. A field without a default must be set by the run.
+        A number that the class can measure is `float | Literal["auto"]`: see `calibrate`.
         """
 
-    abilities: ClassVar[tuple[str, ...]] = ("train", "gradient", "evaluate")
+    abilities: ClassVar[tuple[str, ...]] = ("train", "gradient", "evaluate", "calibrate")
     """What a class may be able to do; it can do what it overrides."""
     reuses_model: ClassVar[bool] = True
     """Whether a built model is good for several jobs; if not, it is built anew for each."""
@@ -143,6 +146,15 @@ class Workload:
         """Measure the model on held-out examples, and set `ctx.num_examples`; torch tracks no gradients meanwhile."""
         raise NotImplementedError
 
+    def calibrate(self, model: Any, ctx: Context) -> Mapping[str, float]:
+        """Measure what the settings should be that are "auto" in `ctx.settings`: a number for each, by name.
+
+        The model has the run's starting weights; it is built anew afterwards. What is found is kept at the site, so
+        that this is called once for each starting model and kind of run, and told to the server. `train` and `gradient`
+        see the numbers; `evaluate` may still see "auto".
+        """
+        raise NotImplementedError
+
 
 class Context:
     """What a job is, and how to report on it.
@@ -156,6 +168,8 @@ class Context:
         round: number of the round, from 1; for an evaluation, of the version.
         rounds: rounds of the whole run, as the server knows it now; 0 if unknown.
         version: version of the run's model that was loaded.
+        limits: the bounds of each numeric setting at this site, where there are any: the class's and the owner's.
+        measured: names of the settings that the run gave as "auto", and that are numbers now.
     """
 
     def __init__(
@@ -170,6 +184,8 @@ class Context:
         rounds: int = 0,
         version: int = 0,
         max_steps: int = 0,
+        limits: Mapping[str, Bounds] | None = None,
+        measured: frozenset[str] = frozenset(),
         report: Callable[[Progress], None] = lambda _: None,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -184,6 +200,8 @@ class Context:
         self._num_examples: int | None = None
         self._counted = False
         self._share = Share()
+        self.limits = limits or {}
+        self.measured = measured
         self._max_steps = max_steps
         self._report = report
         self._cancelled = cancelled
@@ -487,6 +505,17 @@ class Context:
 
     def _fresh_rng(self, stream: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, stream])
+
+
+def measured(value: float | str) -> float:
+    """The value of a setting that may be "auto", where it has been measured.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if isinstance(value, str):
+        raise ValueError(f"a setting is {value!r}: it has to be measured first, or given as a number")  # noqa: TRY004
+    return value
 
 
 def derive_seed(seed: int, client: str, round_: int, kind: JobKind = JobKind.TRAIN) -> int:

@@ -17,7 +17,6 @@ import importlib.metadata
 import json
 import os
 import queue
-import random
 import sys
 import threading
 import time
@@ -27,19 +26,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
-
-from fedclient.trainer.api import CancelledJob, Context, Site, Workload, derive_seed
+from fedclient.trainer.api import Bounds, CancelledJob, Context, Site, Workload, derive_seed
 from fedclient.trainer.checkpoint import Checkpoints, CheckpointUnusable
 from fedclient.trainer.files import Loader, ModelDirectory, Shard, write_model, write_update
-from fedclient.trainer.memory import is_out_of_memory, peak_device_memory
+from fedclient.trainer.found import Finding, Found, fingerprint
+from fedclient.trainer.memory import is_out_of_memory, keep_whole, peak_device_memory
 from fedclient.trainer.options import BUILT_IN, SCRIPT_SUFFIX
 from fedclient.trainer.own_base import BaseMismatchError, OwnBase
 from fedclient.trainer.pipe import Pipe
-from fedclient.trainer.schema import parse_settings, settings_schema
+from fedclient.trainer.schema import check_found, left_open, parse_settings, settings_schema
 from fedclient.trainer.script import script_class
 from fedclient.trainer.share import Limits, Share
 from fedclient.trainer.state import State, state_of
+from fedclient.trainer.undone import seed_everything
 from fedclient.trainer.wire import (
     PROTOCOL,
     Description,
@@ -133,7 +132,7 @@ class Worker:
         self._drop_model()
         return self._run(replace(job, awaited=False), resume=False)
 
-    def _run(self, job: Job, *, resume: bool = True) -> Result:
+    def _run(self, job: Job, *, resume: bool = True, measured: frozenset[str] = frozenset()) -> Result:
         self._context = Context(settings=None)
         self._close_checkpoints()
         if job.kind is JobKind.INIT:
@@ -143,7 +142,7 @@ class Worker:
         if job.model_dir is None:
             raise WorkloadError(f"a job to {job.kind.value} needs the model's directory")
         directory = ModelDirectory.read(job.model_dir)
-        self._context = ctx = self._new_context(job)
+        self._context = ctx = self._new_context(job, measured)
         self._workload.begin_job(ctx)
         built = self._built(job.seed)
         state = built.state
@@ -154,6 +153,15 @@ class Worker:
         state.begin(training=job.kind is JobKind.TRAIN, device=ctx.device, frozen=frozen)
         built.base.settle()
         built.loader.load(directory, job.model_key, ctx.alive, self._arriving(directory) if job.awaited else None)
+        if job.kind is not JobKind.EVALUATE and left_open(self._schema, job.settings):
+            # As it was while a batch was looked for, also where that was another process.
+            keep_whole()
+            found = self._found(job, built)
+            if job.kind is JobKind.CALIBRATE:
+                return Result(0, ctx.step, {}, 0.0, memory_bytes=peak_memory(), found=found)
+            # As if nothing had been measured: with a model built anew. By now all shards are there.
+            resolved = replace(job, settings={**job.settings, **found}, awaited=False)
+            return self._run(resolved, resume=resume, measured=frozenset(found))
         checkpoints = self._workload.reuses_model and job.checkpoint_every and _ability(job) == "train"
         if job.checkpoint_dir and checkpoints:
             self._checkpoints = self._new_checkpoints(job, job.checkpoint_dir, state)
@@ -190,6 +198,31 @@ class Worker:
             examples_seen=ctx.examples_seen,
             cut=ctx.cut,
         )
+
+    def _found(self, job: Job, built: _Built) -> dict[str, float]:
+        """The settings that are "auto": as they were found before, or measured now."""
+        names = left_open(self._schema, job.settings)
+        may = left_open(self._schema, None)
+        fixed = {name: value for name, value in job.settings.items() if name not in may}
+        finding = Finding(
+            run=f"{job.run}/{job.client}",
+            names=tuple(names),
+            given=json.dumps({name: job.settings.get(name) for name in may}),
+            kind=json.dumps([self._start.to_json() | {"kept": ""}, fixed, job.limits, _versions()], sort_keys=True),
+            model=fingerprint(built.state, self._context.alive),
+        )
+        kept = Found(Path(self._start.kept))
+        found = kept.look(finding, by_run=job.kind is not JobKind.CALIBRATE)
+        if found is None:
+            self._context.note(f"measures {', '.join(names)}")
+            seed_everything(self._context.seed)
+            given = self._workload.calibrate(built.model, self._context)
+            found = check_found(self._schema, names, given, self._context.limits)
+            if not job.max_steps:
+                kept.put(finding, found)
+        self._context.note("found " + ", ".join(f"{name} {value:g}" for name, value in found.items()))
+        self._drop_model()
+        return found
 
     def _compute(self, job: Job, built: _Built) -> Any:
         ctx, model = self._context, built.model
@@ -279,7 +312,7 @@ class Worker:
         if torch is not None and torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
-    def _new_context(self, job: Job) -> Context:
+    def _new_context(self, job: Job, measured: frozenset[str]) -> Context:
         return Context(
             settings=parse_settings(self._class.Settings, job.settings),
             seed=derive_seed(job.seed, job.client, job.round, job.kind),
@@ -289,6 +322,8 @@ class Worker:
             rounds=job.rounds,
             version=job.version,
             max_steps=job.max_steps,
+            measured=measured,
+            limits={name: Bounds(*bounds) for name, bounds in job.limits.items()},
             report=self._report,
             cancelled=self._pipe.cancelled,
         )
@@ -339,21 +374,15 @@ def find_class(trainer: str, directory: Path) -> type[Workload]:
         raise WorkloadError(f"{trainer}: there is no class {name} in it that derives from fedclient.trainer.Workload")
     if found.build_model is Workload.build_model or not abilities(found):
         raise WorkloadError(f"{trainer}: it needs build_model and at least one of {', '.join(Workload.abilities)}")
+    measured = left_open(settings_schema(found.Settings), None)
+    if measured and "calibrate" not in abilities(found):
+        raise WorkloadError(f"{trainer}: {measured[0]} may be \"auto\", but the class has no method 'calibrate'")
     return found
 
 
 def abilities(found: type[Workload]) -> tuple[str, ...]:
-    """Which of "train", "gradient", "evaluate" a class implements."""
+    """Which of `Workload.abilities` a class implements."""
     return tuple(name for name in Workload.abilities if getattr(found, name) is not getattr(Workload, name))
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python's, numpy's and (where it is loaded) torch's global generators."""
-    random.seed(seed)
-    np.random.seed(seed % (1 << 32))  # noqa: NPY002 - user code may draw from the global one
-    torch = sys.modules.get("torch")
-    if torch is not None:
-        torch.manual_seed(seed)
 
 
 def failure_of(error: BaseException, step: int) -> Failure:

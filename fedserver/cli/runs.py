@@ -181,12 +181,17 @@ def _print_run(run: pb.Run, *, as_json: bool) -> None:
         ("state", _state(run)),
         ("version", f"{run.version} of {run.rounds}"),
         ("best", str(run.best_version) if run.HasField("best_version") else ""),
+        *((m.name, _measured(m)) for m in run.measured),
         ("created", local(run.created)),
         ("ended", local(run.ended)),
         ("waiting", run.waiting),
         ("reason", run.reason),
     ]
     print_one(run, lines, as_json=as_json)
+
+
+def _measured(setting: pb.MeasuredSetting) -> str:
+    return watching.measured(setting.value if setting.HasField("value") else None, setting.sites)
 
 
 def _state(run: pb.Run) -> str:

@@ -9,10 +9,12 @@ import json
 import secrets
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from sqlalchemy import Connection
 
+from fedserver.rounds.calibration import Measured
 from fedserver.rounds.evaluation import is_better, weighted_means
 from fedserver.rounds.model import Phase, Round, TaskState
 from fedserver.runtime import speeds
@@ -65,6 +67,25 @@ def issue_evaluation(
         return []
     task_queries.end_tasks(c, stale, TaskState.SUPERSEDED, "NEWER_VERSION", time.time())
     return _issue(c, run, "evaluate", clients, attempt=1, round=0, round_attempt=0, version=version)
+
+
+def issue_calibration(
+    c: Connection, run: RunRow, clients: Collection[str], names: Sequence[str], attempt: int
+) -> list[TaskRow]:
+    """Write a task for each site to measure settings of the run."""
+    if attempt == 1:
+        q.add_event(
+            c, run.id, "run_calibration_started", {"settings": list(names), "clients": sorted(clients)}, time.time()
+        )
+    return _issue(c, run, "calibrate", clients, attempt=attempt, round=0, round_attempt=0, version=0)
+
+
+def close_calibration(c: Connection, run: RunRow, measured: Measured, late: Iterable[int]) -> None:
+    """Record what sites have measured: from now on it is part of the run."""
+    now = time.time()
+    task_queries.end_tasks(c, late, TaskState.CLOSED, "CALIBRATION_CLOSED", now)
+    q.save_run(c, run.id, calibration=measured.serialize())
+    q.add_event(c, run.id, "run_calibrated", asdict(measured), now)
 
 
 def _issue(
@@ -167,6 +188,8 @@ def commit_version(
 def _used(c: Connection, run: RunRow, stored: StoredVersion, tasks: Sequence[TaskRow], memory: int) -> dict[str, int]:
     """What a round has used when its version is in the table: now most of its bytes lie on the disk."""
     measured = task_queries.evaluation_tasks(c, run.id, run.version)
+    if run.version == 0:
+        measured += task_queries.calibration_tasks(c, run.id)
     # Version 0 is the model that the run began with. The others are alike, for they hold the same tensors.
     made = sum(v.number > 0 for v in q.list_versions(c, run.id))
     return {
@@ -192,8 +215,9 @@ def reopen_task(c: Connection, task: TaskRow) -> TaskRow:
 
 
 def bytes_down(c: Connection, run_id: int, tasks: Sequence[TaskRow], base: int) -> int:
-    """Bytes sent so that a round could start: a site that measures the base version first has it for training."""
-    return sum(t.bytes_down for t in (*tasks, *task_queries.evaluation_tasks(c, run_id, base)))
+    """Bytes sent so that a round could start: a site that measures with the base version first has it for training."""
+    before = task_queries.calibration_tasks(c, run_id) if base == 0 else []
+    return sum(t.bytes_down for t in (*tasks, *before, *task_queries.evaluation_tasks(c, run_id, base)))
 
 
 def aggregation_inputs(c: Connection, run: RunRow, current: Round) -> tuple[list[TaskRow], VersionRow]:

@@ -130,6 +130,9 @@ class CoordinationServicer(pb_grpc.CoordinationServiceServicer):
         out.settings_json = json.dumps(dict(spec.settings), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         driver = self._engine.driver_of(task)
         current, out.rounds = driver.round, driver.row.rounds
+        if row.kind == "calibrate":
+            out.calibrate.settings.extend(driver.to_measure)
+            return out
         if row.kind != "train":
             out.evaluate.SetInParent()
             return out

@@ -10,6 +10,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from fedlink.v1 import admin_service_pb2 as pb
 from fedlink.v1 import types_pb2
+from fedserver.rounds.calibration import Measured
 from fedserver.rounds.explain import Doing, Wait
 from fedserver.rounds.sharing import usual
 from fedserver.runtime.board import OpenTask
@@ -43,6 +44,11 @@ def run_message(row: RunRow, waiting: str) -> pb.Run:
     )
     if row.ended is not None:
         out.ended.CopyFrom(timestamp(row.ended))
+    if row.calibration is not None:
+        measured = Measured.parse(row.calibration)
+        for name in sorted({*measured.settings, *measured.own}):
+            found = {site: values[name] for site, values in measured.sites.items() if name in values}
+            out.measured.add(name=name, value=measured.settings.get(name), sites=found)
     if row.prediction is not None:
         out.prediction.CopyFrom(prediction_message(Prediction.parse(row.prediction)))
     return out

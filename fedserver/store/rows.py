@@ -73,11 +73,14 @@ class RunRow(_Record):
     prediction: str | None
     created: float
     ended: float | None
+    calibration: str | None
 
     @cached_property
     def parsed(self) -> RunSpec:
-        """Its run file."""
-        return RunSpec.model_validate_json(self.spec)
+        """Its run file, with the numbers that were measured for all sites in place of "auto"."""
+        spec = RunSpec.model_validate_json(self.spec)
+        measured = json.loads(self.calibration)["settings"] if self.calibration else {}
+        return spec.model_copy(update={"settings": {**spec.settings, **measured}}) if measured else spec
 
 
 @dataclass(frozen=True)

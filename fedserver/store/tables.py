@@ -74,6 +74,7 @@ runs = Table(
     Column("prediction", Text, comment="what it was to move and take, when it was created; null for older runs"),
     Column("created", Float, nullable=False),
     Column("ended", Float),
+    Column("calibration", Text, comment="what sites measured for settings that are auto; null before, or if none is"),
 )
 
 versions = Table(
@@ -113,9 +114,9 @@ tasks = Table(
     Column("id", Integer, primary_key=True),
     Column("token", LargeBinary, nullable=False, unique=True),
     Column("run_id", ForeignKey("runs.id"), nullable=False),
-    Column("kind", String(16), nullable=False, comment="train or evaluate"),
-    Column("round", Integer, nullable=False, comment="evaluate: 0"),
-    Column("round_attempt", Integer, nullable=False, comment="evaluate: 0"),
+    Column("kind", String(16), nullable=False, comment="train, evaluate or calibrate"),
+    Column("round", Integer, nullable=False, comment="0 but for train"),
+    Column("round_attempt", Integer, nullable=False, comment="0 but for train"),
     Column("version", Integer, nullable=False, comment="to start from, or to evaluate"),
     Column("client", String(64), nullable=False),
     Column("attempt", Integer, nullable=False),

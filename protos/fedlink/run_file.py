@@ -64,6 +64,15 @@ class Cohort(Config):
         return self
 
 
+class Calibration(Config):
+    """Measuring the settings that a run gives as "auto", before its first round."""
+
+    own: tuple[str, ...] = Field(("batch_size",), max_length=64)
+    """Settings that each site trains with its own value of; of all others the sites' median goes for all."""
+    deadline: Seconds = Field(1800.0, gt=0)
+    """Seconds the first round waits at most for what sites measure."""
+
+
 class ServerOptimizer(Config):
     """How the reduced update moves the model."""
 
@@ -114,6 +123,7 @@ class RunSpec(Config):
     """What the trainer reads; checked against the schema of each site's workload."""
     work: RunWork = RunWork()
     cohort: Cohort = Cohort()
+    calibration: Calibration = Calibration()
     server_optimizer: ServerOptimizer = ServerOptimizer()
     evaluation: Evaluation = Evaluation()
     stop: Stop | None = None

@@ -40,18 +40,23 @@ class Steps:
     accumulation: int
     rng: np.random.Generator
     """Draws the order; one of `Context.rng`, so that an interrupted epoch goes on."""
+    effective: int = 0
+    """Examples in a step, cut into as few batches as that takes; 0: `accumulation` full batches."""
 
     def __len__(self) -> int:
-        return math.ceil(self.count / (self.batch_size * self.accumulation))
+        return math.ceil(self.count / self._size)
+
+    @property
+    def _size(self) -> int:
+        return self.effective or self.batch_size * self.accumulation
 
     def __iter__(self) -> Iterator[list[Numbers]]:
         order = self.rng.permutation(self.count)
         return iter(self._steps(order))
 
     def _steps(self, order: Numbers) -> Iterator[list[Numbers]]:
-        size = self.batch_size * self.accumulation
-        for first in range(0, self.count, size):
-            step = order[first : first + size]
+        for first in range(0, self.count, self._size):
+            step = order[first : first + self._size]
             yield [step[at : at + self.batch_size] for at in range(0, len(step), self.batch_size)]
 
 

@@ -80,6 +80,7 @@ class Run(_message.Message):
     PREDICTION_FIELD_NUMBER: _builtins.int
     USED_FIELD_NUMBER: _builtins.int
     SPEEDS_FIELD_NUMBER: _builtins.int
+    MEASURED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Unique name."""
     spec_json: _builtins.str
@@ -122,6 +123,10 @@ class Run(_message.Message):
         GetRun.
         """
 
+    @_builtins.property
+    def measured(self) -> _containers.RepeatedCompositeFieldContainer[Global___MeasuredSetting]:
+        """The settings that were given as "auto" and have been measured, by name."""
+
     def __init__(
         self,
         *,
@@ -138,16 +143,71 @@ class Run(_message.Message):
         prediction: Global___Prediction | None = ...,
         used: _abc.Iterable[Global___RoundUse] | None = ...,
         speeds: _abc.Iterable[Global___Speed] | None = ...,
+        measured: _abc.Iterable[Global___MeasuredSetting] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_best_version", b"_best_version", "best_version", b"best_version", "created", b"created", "ended", b"ended", "prediction", b"prediction"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_version", b"_best_version", "best_version", b"best_version", "created", b"created", "ended", b"ended", "name", b"name", "prediction", b"prediction", "reason", b"reason", "rounds", b"rounds", "spec_json", b"spec_json", "speeds", b"speeds", "state", b"state", "used", b"used", "version", b"version", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_version", b"_best_version", "best_version", b"best_version", "created", b"created", "ended", b"ended", "measured", b"measured", "name", b"name", "prediction", b"prediction", "reason", b"reason", "rounds", b"rounds", "spec_json", b"spec_json", "speeds", b"speeds", "state", b"state", "used", b"used", "version", b"version", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__best_version: _TypeAlias = _typing.Literal["best_version"]  # noqa: Y015
     _WhichOneofArgType__best_version: _TypeAlias = _typing.Literal["_best_version", b"_best_version"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__best_version) -> _WhichOneofReturnType__best_version | None: ...
 
 Global___Run: _TypeAlias = Run  # noqa: Y015
+
+@_typing.final
+class MeasuredSetting(_message.Message):
+    """MeasuredSetting is a setting that sites have measured before the first round."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class SitesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    SITES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name of the setting."""
+    value: _builtins.float
+    """What every site trains with. Not set: each trains with its own."""
+    @_builtins.property
+    def sites(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """What each site found, by its name."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        value: _builtins.float | None = ...,
+        sites: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_value", b"_value", "value", b"value"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_value", b"_value", "name", b"name", "sites", b"sites", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__value: _TypeAlias = _typing.Literal["value"]  # noqa: Y015
+    _WhichOneofArgType__value: _TypeAlias = _typing.Literal["_value", b"_value"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__value) -> _WhichOneofReturnType__value | None: ...
+
+Global___MeasuredSetting: _TypeAlias = MeasuredSetting  # noqa: Y015
 
 @_typing.final
 class Prediction(_message.Message):
@@ -451,7 +511,7 @@ class TaskRecord(_message.Message):
     client: _builtins.str
     """Whose."""
     kind: _builtins.str
-    """"train" or "evaluate"."""
+    """"train", "evaluate" or "calibrate"."""
     state: _types_pb2.TaskState.ValueType
     """Where it stands."""
     attempt: _builtins.int

@@ -105,7 +105,7 @@ class RegisterClientRequest(_message.Message):
         """
         @_builtins.property
         def abilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-            """What it can do: "train", "gradient", "evaluate"."""
+            """What it can do: "train", "gradient", "evaluate", "calibrate"."""
 
         @_builtins.property
         def allowed_runs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -301,13 +301,14 @@ class Task(_message.Message):
     DEADLINE_FIELD_NUMBER: _builtins.int
     TRAIN_FIELD_NUMBER: _builtins.int
     EVALUATE_FIELD_NUMBER: _builtins.int
+    CALIBRATE_FIELD_NUMBER: _builtins.int
     ROUNDS_FIELD_NUMBER: _builtins.int
     token: _builtins.bytes
     """Opaque; names the task in every call; at most 64 bytes."""
     run: _builtins.str
     """Name of the run."""
     round: _builtins.int
-    """For training the number of the round, from 1; for evaluation the version."""
+    """For training the number of the round, from 1; for the others the version."""
     attempt: _builtins.int
     """1, and one more for each new attempt."""
     workload: _builtins.str
@@ -338,6 +339,12 @@ class Task(_message.Message):
     def evaluate(self) -> Global___EvaluateWork:
         """Measure the model on held-out data."""
 
+    @_builtins.property
+    def calibrate(self) -> Global___CalibrateWork:
+        """Measure what settings should be. Given only to a site whose workload has
+        the ability "calibrate".
+        """
+
     def __init__(
         self,
         *,
@@ -353,13 +360,14 @@ class Task(_message.Message):
         deadline: _timestamp_pb2.Timestamp | None = ...,
         train: Global___TrainWork | None = ...,
         evaluate: Global___EvaluateWork | None = ...,
+        calibrate: Global___CalibrateWork | None = ...,
         rounds: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["deadline", b"deadline", "evaluate", b"evaluate", "model", b"model", "train", b"train", "work", b"work"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["calibrate", b"calibrate", "deadline", b"deadline", "evaluate", b"evaluate", "model", b"model", "train", b"train", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "deadline", b"deadline", "evaluate", b"evaluate", "model", b"model", "round", b"round", "rounds", b"rounds", "run", b"run", "seed", b"seed", "settings_json", b"settings_json", "token", b"token", "train", b"train", "version", b"version", "work", b"work", "workload", b"workload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "calibrate", b"calibrate", "deadline", b"deadline", "evaluate", b"evaluate", "model", b"model", "round", b"round", "rounds", b"rounds", "run", b"run", "seed", b"seed", "settings_json", b"settings_json", "token", b"token", "train", b"train", "version", b"version", "work", b"work", "workload", b"workload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_work: _TypeAlias = _typing.Literal["train", "evaluate"]  # noqa: Y015
+    _WhichOneofReturnType_work: _TypeAlias = _typing.Literal["train", "evaluate", "calibrate"]  # noqa: Y015
     _WhichOneofArgType_work: _TypeAlias = _typing.Literal["work", b"work"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_work) -> _WhichOneofReturnType_work | None: ...
 
@@ -453,6 +461,33 @@ class EvaluateWork(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___EvaluateWork: _TypeAlias = EvaluateWork  # noqa: Y015
+
+@_typing.final
+class CalibrateWork(_message.Message):
+    """CalibrateWork asks for values of settings that the run gives as "auto". They
+    come back as metrics of CompleteTask, by the names of the settings; examples
+    and steps of the result weigh nothing.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SETTINGS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def settings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the settings, at most 64."""
+
+    def __init__(
+        self,
+        *,
+        settings: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["settings", b"settings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CalibrateWork: _TypeAlias = CalibrateWork  # noqa: Y015
 
 @_typing.final
 class ExtendLeaseRequest(_message.Message):
@@ -602,7 +637,9 @@ class CompleteTaskRequest(_message.Message):
 
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Finite numbers the site lets out; at most 64 names of 64 characters."""
+        """Finite numbers the site lets out; at most 64 names of 64 characters. For
+        CalibrateWork what was found, by setting.
+        """
 
     def __init__(
         self,
