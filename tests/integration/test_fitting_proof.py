@@ -1,6 +1,6 @@
 """That a measured rate is as good as the best of seven: on Fed-Heart, and on Reuters' texts with MiniLM.
 
-python -m pytest -m slow -s tests/integration/test_fitting_proof.py
+python -m pytest -m "slow or demos" -s tests/integration/test_fitting_proof.py
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def texts(tmp_path_factory) -> Path:
     return directory
 
 
-@pytest.mark.slow
+@pytest.mark.demos
 @pytest.mark.timeout(1800)
 def test_reuters(texts):
     from fedclient.trainer.text.classification import SequenceClassification
