@@ -17,6 +17,7 @@ from fedclient.trainer.options import (
     LoraOptions,
     ParameterOptions,
     PrecisionOptions,
+    Quantize,
     Truncation,
 )
 from fedlink.config import Config, explain
@@ -46,6 +47,8 @@ class LoraSettings(Config):
     """Names of the modules that get adapters; "all-linear": every linear layer but the head."""
     modules_to_save: tuple[_Text, ...] = LoraOptions.modules_to_save
     """Modules that are trained whole."""
+    dora: bool = LoraOptions.dora
+    """Train the length of each output's weights apart from their direction."""
 
 
 class ParameterSettings(Config):
@@ -66,6 +69,10 @@ class PrecisionSettings(Config):
     """What the model's weights are held in."""
     gradient_checkpointing: bool = PrecisionOptions.gradient_checkpointing
     """Compute activations twice instead of keeping them."""
+    quantize: Quantize = PrecisionOptions.quantize
+    """What the linear layers of a base that adapters train on are held in."""
+    compile: bool = PrecisionOptions.compile
+    """Train by code that torch.compile makes of the model."""
 
 
 class DataSettings(Config):

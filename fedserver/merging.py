@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from fedlink.base import BaseTensor, base_difference, base_tensor
 from fedlink.errors import FedlinkError, Reason
@@ -15,9 +16,10 @@ from fedlink.tensors import DTYPES, ShardWriter, TensorSpec, canonical_shards, s
 from fedserver.aggregation.files import WINDOW_BYTES, ShardReader
 from fedserver.aggregation.numbers import Raw, decode, encode, sound
 from fedserver.aggregation.pipeline import Window
-from fedserver.lora import Adapter
+from fedserver.lora import Adapter, LowRank
 from fedserver.modelfiles import Weights, read_weights
 
+Rows = npt.NDArray[np.float64]
 _WINDOW = 1 << 17
 """Elements that are computed at a time, or one row if that is longer."""
 
@@ -92,12 +94,9 @@ class _Merged:
             return
         if not DTYPES[spec.dtype].floating:
             raise FedlinkError(Reason.BAD_CONFIG, f"tensor {spec.name!r} of the base is {spec.dtype}: it takes no sums")
-        added = self.adapter.added_to(spec.name, entry.spec.shape, self.reader)
-        rows, columns = added.shape
-        for first, count in windows(rows, max(1, _WINDOW // max(1, columns))):
-            values = _read(self.reader, paths, entry, first * columns, count * columns)
-            values += (added.left[first : first + count] @ added.right).reshape(-1)
-            raw = _encoded(values, spec.dtype)
+        change = self.adapter.change_of(spec.name, entry.spec.shape, self.reader)
+        for values in _scaled(change, lambda: self._summed(entry, paths, change)):
+            raw = _encoded(values.reshape(-1), spec.dtype)
             if not sound(raw, spec.dtype):
                 raise FedlinkError(
                     Reason.NOT_FINITE,
@@ -105,6 +104,35 @@ class _Merged:
                     metadata={"tensor": spec.name},
                 )
             yield raw
+
+    def _summed(self, entry: TensorEntry, paths: Sequence[Path], change: LowRank) -> Iterator[Rows]:
+        """A weight with what is added to it, some rows at a time."""
+        rows, columns = change.shape
+        for first, count in windows(rows, max(1, _WINDOW // max(1, columns))):
+            values = _read(self.reader, paths, entry, first * columns, count * columns).reshape(count, columns)
+            values += change.left[first : first + count] @ change.right
+            yield values
+
+
+def _scaled(change: LowRank, summed: Callable[[], Iterator[Rows]]) -> Iterator[Rows]:
+    """The rows of a weight, each output's weights scaled to the length that DoRA has learned for it, if it has one.
+
+    Where an output's weights are a column, all rows are gone through twice: lengths are known at the end.
+    """
+    if change.lengths is None:
+        yield from summed()
+        return
+    with np.errstate(divide="ignore", invalid="ignore"):  # of no length at all: not finite, and refused as such
+        if change.outputs:
+            factors = change.lengths / np.sqrt(sum((np.square(rows).sum(axis=0) for rows in summed()), start=0.0))
+            for rows in summed():
+                yield rows * factors
+            return
+        first = 0
+        for rows in summed():
+            lengths = change.lengths[first : first + len(rows)]
+            yield rows * (lengths / np.linalg.norm(rows, axis=1))[:, None]
+            first += len(rows)
 
 
 def _identified(

@@ -23,6 +23,7 @@ Files = str | tuple[str, ...]
 Truncation = Literal["right", "left"]
 Autocast = Literal["auto", "float32", "bf16", "fp16"]
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
+Quantize = Literal["none", "int8", "nf4", "fp4"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +86,8 @@ class LoraOptions:
     """Names of the modules that get adapters, as peft takes them."""
     modules_to_save: tuple[str, ...] = ()
     """Modules that are trained whole; a classifier's new head always is."""
+    dora: bool = False
+    """Train the length of each output's weights apart from their direction (DoRA)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,3 +110,7 @@ class PrecisionOptions:
     """What the model's weights are held in; auto: as they are stored."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: much less memory, a third more time."""
+    quantize: Quantize = "none"
+    """What the linear layers of a base that adapters train on are held in, by bitsandbytes."""
+    compile: bool = False
+    """Train by code that torch.compile makes of the model."""

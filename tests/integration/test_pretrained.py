@@ -130,6 +130,14 @@ ADAPTERS: dict[str, tuple[Any, Any, Mapping[str, Any], float]] = {
     "conv1d": (gpt2, LOAD, {"r": 2, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}, 1e-6),
     "embedding": (llama, LOAD, {"r": 2, "target_modules": ["embed_tokens", "k_proj"]}, 1e-6),
     "biases": (gpt2, LOAD, {"r": 2, "target_modules": ["c_fc"], "bias": "all", "fan_in_fan_out": True}, 1e-6),
+    "dora": (llama, LOAD, PATTERNS | {"target_modules": "all-linear", "use_dora": True}, 1e-6),
+    "dora-conv1d": (
+        gpt2,
+        LOAD,
+        {"r": 2, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "use_dora": True},
+        1e-5,
+    ),
+    "dora-embedding": (llama, LOAD, {"r": 2, "target_modules": ["embed_tokens", "k_proj"], "use_dora": True}, 1e-6),
     "half": (lambda: llama().bfloat16(), LOAD, {"r": 2, "target_modules": ["q_proj"], "use_rslora": True}, 0.02),
     "head": (
         lambda: BertModel(BertConfig(**BERT)),
@@ -224,7 +232,7 @@ def test_only_the_run_s_base_is_merged_into(tmp_path):
     ("changed", "said"),
     [
         ({"peft_type": "IA3"}, "'IA3'"),
-        ({"use_dora": True}, "use_dora"),
+        ({"use_dora": True}, "lacks a magnitude for 'model"),
         ({"lora_alpha": None}, "no scale"),
         (None, "adapter_config.json"),
     ],

@@ -30,5 +30,6 @@ def with_adapters(model: Any, options: LoraOptions, task: Task) -> Any:
         target_modules=targets,
         modules_to_save=list(options.modules_to_save) or None,
         task_type=task,
+        use_dora=options.dora,
     )
     return peft.get_peft_model(model, config)
