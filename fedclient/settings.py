@@ -97,6 +97,10 @@ class WorkloadSettings(Config):
             raise ValueError(f"trainer = {self.trainer!r} needs a table data with train, the file to learn from")
         if self.lora and self.parameters:
             raise ValueError("[lora] and [parameters] contradict each other: with adapters nothing else is trained")
+        if self.precision and self.precision.quantize != "none" and not self.lora:
+            raise ValueError(
+                "[precision] quantize is for [lora]: quantized weights cannot be trained, adapters on them can"
+            )
         return self
 
     @field_validator("data")

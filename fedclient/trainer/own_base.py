@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from fedclient.trainer.state import State
 from fedlink.base import BaseTensor, base_difference, base_tensor
+from fedlink.tensors import TensorSpec
 
 _THREADS = 4
 """Tensors hashed at a time; hashing lets go of the interpreter's lock."""
@@ -32,7 +33,7 @@ class OwnBase:
             with ThreadPoolExecutor(workers, "base") as pool:
                 try:
                     named = []
-                    for tensor in pool.map(lambda item: base_tensor(*item), self._state.base()):
+                    for tensor in pool.map(_named, self._state.base()):
                         alive()
                         named.append(tensor)
                 finally:
@@ -72,3 +73,7 @@ class OwnBase:
     def touched(self) -> bool:
         """Whether something has written to the base since: the model must be built anew."""
         return self._marks is not None and self._marks != self._state.base_marks()
+
+
+def _named(item: BaseTensor | tuple[TensorSpec, Iterator[memoryview]]) -> BaseTensor:
+    return item if isinstance(item, BaseTensor) else base_tensor(*item)

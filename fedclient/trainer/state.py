@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from fedclient.trainer.aliases import bring_back
 from fedclient.trainer.wire import Write
+from fedlink.base import BaseTensor
 from fedlink.tensors import (
     DTYPES,
     Role,
@@ -94,8 +95,10 @@ class State(Protocol):
         """
         ...
 
-    def base(self) -> Iterator[tuple[TensorSpec, Iterator[memoryview]]]:
+    def base(self) -> Iterator[BaseTensor | tuple[TensorSpec, Iterator[memoryview]]]:
         """The frozen base, each tied tensor once: what it is called there, and its bytes in windows.
+
+        What is held in another form than the run's base, such as quantized, is named already.
 
         Raises:
             ModelMismatchError: a tensor of it is none that safetensors can hold.
@@ -259,7 +262,7 @@ class NumpyState:
                 parts[f"arrays/{name}"] = array
         return parts | {"same": same}
 
-    def base(self) -> Iterator[tuple[TensorSpec, Iterator[memoryview]]]:
+    def base(self) -> Iterator[BaseTensor | tuple[TensorSpec, Iterator[memoryview]]]:
         """See `State`: there is none."""
         return iter(())
 

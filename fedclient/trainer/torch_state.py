@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from fedclient.trainer.nested import CannotHoldError, Leaf, Source
 from fedclient.trainer.state import WINDOW, Fill, ModelMismatchError, Start, check_gradient
 from fedclient.trainer.wire import Write
-from fedlink.base import base_name
+from fedlink.base import BaseTensor, base_name, base_tensor
 from fedlink.tensors import DTYPES, Role, TensorSpec, windows
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
@@ -37,6 +37,8 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "C64": torch.complex64,
 }
 """Every dtype of safetensors that torch computes with."""
+_ORIGINALS = "fedlink_originals"
+"""Attribute of a module with parameters of a frozen base that are held in another form: what they were, by name."""
 _HASHED = 1 << 20
 """Elements that are hashed at a time."""
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -61,9 +63,15 @@ class TorchState:
         self._trainable = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
         kept = model.state_dict(keep_vars=True)
         self._base = frozenset(n for n in kept if frozen_base and not self._trainable.get(n, True))
+        self._beside = frozenset(_beside(model, kept)) if frozen_base else frozenset[str]()
+        self._originals: dict[str, BaseTensor] = {
+            f"{path}.{name}": original
+            for path, module in model.named_modules()
+            for name, original in getattr(module, _ORIGINALS, {}).items()
+        }
         self._names = dict(names or {})
         self._at_rest: dict[str, torch.Tensor] | None = None
-        _check_names(self._names, kept, self._base)
+        _check_names(self._names, kept, self._base | self._beside)
         self._tensors()
         self._unkept = {name: b.clone() for name, b in model.named_buffers() if name not in kept}
         self._frozen: Collection[str] = ()
@@ -177,7 +185,7 @@ class TorchState:
         parts["training"] = [name for name, module in self._model.named_modules() if module.training]
         return parts
 
-    def base(self) -> Iterator[tuple[TensorSpec, Iterator[memoryview]]]:
+    def base(self) -> Iterator[BaseTensor | tuple[TensorSpec, Iterator[memoryview]]]:
         """See `State`; what peft keeps of a module that is trained in its place is not part of it."""
         replaced, seen = {base_name(name) for name in self._tensors()}, set()
         for name, tensor in self._base_tensors():
@@ -185,6 +193,9 @@ class TorchState:
             if called in replaced or identity in seen:
                 continue
             seen.add(identity)
+            if name in self._originals:
+                yield self._originals[name]
+                continue
             if tensor.dtype not in _NAMES:
                 raise ModelMismatchError(f"tensor {name!r} of the base is {tensor.dtype}, which cannot be named")
             yield TensorSpec(called, _NAMES[tensor.dtype], tuple(tensor.shape), Role.FROZEN), _stored(tensor.detach())
@@ -220,7 +231,7 @@ class TorchState:
     def _tensors(self) -> dict[str, torch.Tensor]:
         if self._at_rest is not None:
             return self._at_rest
-        tensors = self._model.state_dict(keep_vars=True)
+        tensors = {n: t for n, t in self._model.state_dict(keep_vars=True).items() if n not in self._beside}
         for name, tensor in tensors.items():
             if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or tensor.is_meta:
                 raise ModelMismatchError(f"{name!r} in the model's state_dict is not a dense tensor with values")
@@ -232,6 +243,20 @@ class TorchState:
             found = "gone" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
             raise ModelMismatchError(f"after training {spec.name!r} is {found}, it was {spec.dtype} {spec.shape}")
         return tensor
+
+
+def keep_original(module: torch.nn.Module, parameter: str, called: str, original: torch.Tensor) -> None:
+    """Note on a module what a frozen parameter was before it was quantized: the run's base is named by that.
+
+    Args:
+        module: the parameter's own.
+        parameter: its name in there.
+        called: what the model calls it.
+        original: its values as they were.
+    """
+    spec = TensorSpec(called, _NAMES[original.dtype], tuple(original.shape), Role.FROZEN)
+    noted: dict[str, BaseTensor] = getattr(module, _ORIGINALS, {})
+    setattr(module, _ORIGINALS, noted | {parameter: base_tensor(spec, _stored(original))})
 
 
 def copied(model: torch.nn.Module) -> Callable[[], None]:
@@ -269,6 +294,20 @@ def accelerators() -> list[tuple[str, str, int]]:
         properties = torch.cuda.get_device_properties(i)
         found.append((f"cuda:{i}", str(properties.name), int(properties.total_memory)))
     return found
+
+
+def _beside(model: torch.nn.Module, kept: Iterable[str]) -> Iterator[str]:
+    """What a `state_dict` holds of quantized parameters besides themselves, such as scales: of no use without them."""
+    quantized = {n.rpartition(".")[0] for n, p in model.named_parameters() if not p.dtype.is_floating_point}
+    if not quantized:
+        return
+    held = {
+        name for named in (model.named_parameters, model.named_buffers) for name, _ in named(remove_duplicate=False)
+    }
+    for name in kept:
+        parts = name.split(".")
+        if name not in held and any(".".join(parts[:n]) in quantized for n in range(len(parts))):
+            yield name
 
 
 def _check_names(names: Mapping[str, str], kept: Mapping[str, object], base: Collection[str]) -> None:

@@ -14,7 +14,6 @@ from fedclient.trainer.largest_batch import find_batch_size
 from fedclient.trainer.range_test import TRIAL_STEPS, find_learning_rate
 from fedclient.trainer.text import optimizers, schedules
 from fedclient.trainer.text.batches import Numbers, Steps, in_order_of_length
-from fedclient.trainer.text.precision import Precision
 
 if TYPE_CHECKING:
     from fedclient.trainer.text.finetuning import FineTuning, FineTuningSettings
@@ -39,7 +38,7 @@ class Calibration:
         self._model = model
         self._ctx = ctx
         self._corpus = workload.train_corpus
-        self._precision = Precision(workload.precision.autocast, ctx.device)
+        self._precision = workload.computing(model, ctx)
 
     def found(self) -> dict[str, float]:
         """A number for each setting that is "auto"."""

@@ -18,7 +18,6 @@ from fedclient.trainer.options import CausalOptions
 from fedclient.trainer.text.batches import Batch, Numbers, Padding, in_order_of_length
 from fedclient.trainer.text.corpus import IGNORED, Corpus
 from fedclient.trainer.text.finetuning import FineTuning, FineTuningSettings
-from fedclient.trainer.text.precision import Precision
 from fedclient.trainer.text.pretrained import options_of
 from fedclient.trainer.text.samples import write_samples
 from fedclient.trainer.text.templates import CausalSource
@@ -86,7 +85,7 @@ class CausalLm(FineTuning):
         settings: CausalSettings = ctx.settings
         self._job = ctx
         corpus, total, count = self.test_corpus, 0.0, 0
-        precision = Precision(self.precision.autocast, ctx.device)
+        precision = self.computing(model, ctx)
         if corpus is not None:
             padding, weights = self.padding(ctx.device), self.weights(corpus)
             for numbers in ctx.batches(in_order_of_length(corpus, settings.eval_batch_size, settings.eval_limit)):

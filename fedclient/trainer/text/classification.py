@@ -19,7 +19,6 @@ from fedclient.trainer.text.batches import Batch, Numbers, Padding, in_order_of_
 from fedclient.trainer.text.corpus import Corpus
 from fedclient.trainer.text.finetuning import FineTuning, FineTuningSettings
 from fedclient.trainer.text.metrics import Name, confusion, further_metrics, macro_f1
-from fedclient.trainer.text.precision import Precision
 from fedclient.trainer.text.pretrained import PretrainedError, options_of, require
 from fedclient.trainer.text.readiness import described
 from fedclient.trainer.text.templates import Source
@@ -119,7 +118,7 @@ class SequenceClassification(FineTuning):
             require("torchmetrics")
         if corpus is None or not len(corpus):
             return {}
-        precision, padding = Precision(self.precision.autocast, ctx.device), self.padding(ctx.device)
+        precision, padding = self.computing(model, ctx), self.padding(ctx.device)
         found: list[tuple[torch.Tensor, torch.Tensor]] = []
         for numbers in ctx.batches(in_order_of_length(corpus, settings.eval_batch_size, settings.eval_limit)):
             batch = self.make_batch(corpus, numbers, padding)

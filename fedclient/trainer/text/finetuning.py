@@ -15,8 +15,8 @@ import torch
 
 from fedclient.trainer.adapters import adapter_file, adapter_names
 from fedclient.trainer.api import Bounds, Context, Site, Workload, measured
-from fedclient.trainer.options import DataOptions, Files, LoraOptions, ParameterOptions, PrecisionOptions
-from fedclient.trainer.text import lora, optimizers, schedules
+from fedclient.trainer.options import Autocast, DataOptions, Files, LoraOptions, ParameterOptions, PrecisionOptions
+from fedclient.trainer.text import lora, optimizers, quantized, schedules
 from fedclient.trainer.text.batches import Batch, Numbers, Padding, Steps, in_order_of_length
 from fedclient.trainer.text.calibrating import Calibration
 from fedclient.trainer.text.corpus import Corpus
@@ -108,6 +108,8 @@ class FineTuning(Workload):
         self.lora = LoraOptions(**options_of(table, "lora")) if table.get("lora") is not None else None
         self.parameters = ParameterOptions(**options_of(table, "parameters"))
         self.precision = PrecisionOptions(**options_of(table, "precision"))
+        if self.precision.quantize != "none":
+            require("bitsandbytes", extra=quantized.EXTRA)
         self.frozen_base = self.lora is not None
         self.pretrained = Pretrained(
             site.directory / str(table.get("model", "")), trust_remote_code=bool(table.get("trust_remote_code"))
@@ -213,8 +215,8 @@ class FineTuning(Workload):
             # The base is the same for every run, whatever its seed: its digests say so.
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(_BASE_SEED)
-                base = self.pretrained.model(self.kind, self.config, dtype, new_head=self.new_head)
-            model = lora.with_adapters(base, self.lora, self.task)
+                base, lengths = self._base(dtype)
+            model = lora.with_adapters(base, self.lora, self.task, lengths)
             self._adapter_file = adapter_file(model, Path(str(self.site.options["model"])).name)
         if self.precision.gradient_checkpointing:
             # What newer and older releases of transformers call it.
@@ -222,6 +224,22 @@ class FineTuning(Workload):
             enable = next(getattr(model, name) for name in names if hasattr(model, name))
             enable({"use_reentrant": False})
         return model
+
+    def _base(self, dtype: torch.dtype | str) -> tuple[Any, Mapping[str, torch.Tensor]]:
+        """What adapters train on; of what is quantized of it, the lengths of the weights."""
+        if self.precision.quantize == "none" or self.lora is None:
+            return self.pretrained.model(self.kind, self.config, dtype, new_head=self.new_head), {}
+        found = quantized.load(
+            self.pretrained,
+            self.kind,
+            self.config,
+            dtype,
+            self.precision.quantize,
+            new_head=self.new_head,
+            spared=self.lora.modules_to_save,
+            alive=self.alive,
+        )
+        return found.model, found.lengths
 
     def tensor_names(self, model: Any) -> Mapping[str, str]:
         """See `Workload`: with adapters, the names that peft gives them."""
@@ -243,11 +261,24 @@ class FineTuning(Workload):
         """What there is to know of a corpus."""
         return described(corpus, self.max_length)
 
+    def computing(self, model: Any, ctx: Context, autocast: Autocast | None = None) -> Precision:
+        """How a job computes; the model is made ready for it.
+
+        Args:
+            model: the model, on the job's device.
+            ctx: the job.
+            autocast: instead of what site.toml says.
+        """
+        precision = Precision(autocast or self.precision.autocast, ctx.device)
+        if self.precision.quantize != "none":
+            quantized.prepare(model, precision.dtype)
+        return precision
+
     def train(self, model: Any, ctx: Context) -> None:
         """See `Workload`."""
         settings: FineTuningSettings = ctx.settings
         self._job = ctx
-        corpus, precision = self.train_corpus, Precision(self.precision.autocast, ctx.device)
+        corpus, precision = self.train_corpus, self.computing(model, ctx)
         optimizer = optimizers.make_optimizer(model, settings)
         kept = KeptOptimizer(self.site.kept, ctx) if settings.keep_optimizer else None
         if kept:
@@ -314,6 +345,7 @@ class FineTuning(Workload):
     def gradient(self, model: Any, ctx: Context) -> None:
         """See `Workload`."""
         self._job = ctx
+        self.computing(model, ctx, "float32")
         corpus, padding = self.train_corpus, self.padding(ctx.device)
         weights = self.weights(corpus)
         total = int(weights.sum())

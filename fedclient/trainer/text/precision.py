@@ -39,13 +39,14 @@ class Precision:
     """
 
     def __init__(self, name: Autocast, device: str) -> None:
-        self._dtype = _AUTOCAST.get(resolved(name, device))
+        self.dtype = _AUTOCAST.get(resolved(name, device))
+        """What autocast computes in; None: there is none."""
         self._kind = device.partition(":")[0]
         # Gradients in float16 vanish below 6e-8; other dtypes reach as far down as float32.
-        scaled = self._dtype is torch.float16 and self._kind == "cuda"
+        scaled = self.dtype is torch.float16 and self._kind == "cuda"
         self.scaler = torch.amp.GradScaler(self._kind, enabled=scaled)
         """Scales the loss where it must be; elsewhere it does nothing."""
 
     def autocast(self) -> AbstractContextManager[object]:
         """Around a forward pass."""
-        return nullcontext() if self._dtype is None else torch.autocast(self._kind, self._dtype)
+        return nullcontext() if self.dtype is None else torch.autocast(self._kind, self.dtype)

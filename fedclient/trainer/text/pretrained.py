@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from fedclient.trainer.options import ParameterOptions
+from fedclient.trainer.torch_state import TORCH_DTYPES
+from fedlink.tensors import DTYPES, TensorError, read_header
 
 EXTRA = "pip install 'fedlink[text]'"
 """What brings the packages that are needed here."""
@@ -36,15 +38,19 @@ class PretrainedError(ValueError):
     """A model directory cannot be used; the text says what it lacks."""
 
 
-def require(*packages: str) -> None:
+def require(*packages: str, extra: str = EXTRA) -> None:
     """See that packages are there, without importing them.
+
+    Args:
+        packages: their names.
+        extra: what brings them.
 
     Raises:
         ImportError: naming the one that is not, and what brings it.
     """
     for package in packages:
         if importlib.util.find_spec(package) is None:
-            raise ImportError(f"this workload needs {package}, which {sys.executable} does not have: {EXTRA}")
+            raise ImportError(f"this workload needs {package}, which {sys.executable} does not have: {extra}")
 
 
 class Pretrained:
@@ -93,9 +99,30 @@ class Pretrained:
             PretrainedError: it cannot be read.
         """
         try:
-            return _transformers().AutoConfig.from_pretrained(str(self._directory), **self._trusting, **changes)
+            found = _transformers().AutoConfig.from_pretrained(str(self._directory), **self._trusting, **changes)
         except (OSError, ValueError, KeyError) as e:
             raise PretrainedError(f"{self._directory}: its config.json cannot be used: {e}") from None
+        if getattr(found, "quantization_config", None):
+            raise PretrainedError(
+                f"{self._directory} holds weights that are quantized already; name the directory of the original, and "
+                "let [precision] of site.toml say quantize"
+            )
+        return found
+
+    def stored_dtype(self) -> torch.dtype | None:
+        """What all floating tensors in its files are stored in; None if they differ, or torch does not know it.
+
+        Raises:
+            PretrainedError: a file is none of safetensors.
+        """
+        found = set()
+        for path in sorted(self._directory.glob("*.safetensors")):
+            try:
+                found |= {stored.spec.dtype for stored in read_header(path).tensors}
+            except (OSError, TensorError) as e:
+                raise PretrainedError(f"{path} cannot be read: {e}") from None
+        floating = [name for name in found if DTYPES[name].floating]
+        return TORCH_DTYPES.get(floating[0]) if len(floating) == 1 else None
 
     def model(self, kind: str, config: Any, dtype: torch.dtype | str, *, new_head: bool = False) -> Any:
         """Its weights, in a model of a kind such as "AutoModelForCausalLM".
