@@ -66,9 +66,9 @@ def load(
     """
     stored = pretrained.stored_dtype()
     # In another dtype than the files have all of it would be copied. What is missing there is drawn in the base's own.
-    lazy = stored is not None and dtype is torch.float32 and not new_head
-    model = pretrained.model(kind, config, stored if lazy else dtype, new_head=new_head)
-    held = model.dtype if dtype == "auto" else dtype
+    lazily = stored if dtype is torch.float32 and not new_head else None
+    model = pretrained.model(kind, config, lazily or dtype, new_head=new_head)
+    held: torch.dtype = model.dtype if isinstance(dtype, str) else dtype
     layers = list(_layers(model, spared))
     if not layers:
         raise PretrainedError(
@@ -78,7 +78,7 @@ def load(
     lengths: dict[str, torch.Tensor] = {}
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), "quantize") as pool:
         try:
-            for name, layer, found in pool.map(lambda item: _quantized(*item, held, quantize), layers):
+            for name, layer, found in pool.map(lambda item: _quantized(item[0], item[1], held, quantize), layers):
                 alive()
                 model.set_submodule(name, layer)
                 lengths[name] = found
