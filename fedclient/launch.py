@@ -50,7 +50,7 @@ __all__ = [
 ]
 
 _NO_ROOM = tuple(f"[Errno {number}]" for number in DISK_REFUSES)
-_QUOTES_NOTHING = frozenset({"DataError", "LimitUncountedError", "PretrainedError"})
+_QUOTES_NOTHING = frozenset({"CannotCompileError", "DataError", "LimitUncountedError", "PretrainedError"})
 CANCEL_GRACE = 10.0
 """Seconds a job has to stop by itself when it is cancelled."""
 

@@ -18,13 +18,12 @@ process, begins the search again, and it goes on below that size.
 from __future__ import annotations
 
 import gc
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from fedclient.trainer.api import Context
 from fedclient.trainer.found import Attempts
-from fedclient.trainer.memory import is_out_of_memory, keep_whole, within_free_memory
+from fedclient.trainer.memory import free_device_memory, is_out_of_memory, keep_whole, within_free_memory
 
 CLOSE = 1.1
 """The search ends where what does not fit is at most so many times what fits."""
@@ -80,7 +79,5 @@ def _fits(attempt: Callable[[int], object], size: int, device: str) -> bool:
     if not fits:
         # Not in the handler: the error holds on to everything that the attempt had.
         gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+    free_device_memory()
     return fits

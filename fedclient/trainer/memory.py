@@ -16,11 +16,18 @@ _FIRST_TO_GO = "1000"
 
 
 def peak_device_memory() -> int:
-    """Peak memory in bytes that torch took on the current CUDA device; 0 if it uses none."""
+    """Peak memory in bytes that torch took on the current accelerator; 0 if it uses none, or does not count."""
     torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
-        return 0
-    return int(torch.cuda.max_memory_allocated())
+    return (
+        int(torch.accelerator.max_memory_allocated()) if torch is not None and torch.accelerator.is_available() else 0
+    )
+
+
+def free_device_memory() -> None:
+    """Give back what torch holds of the accelerator's memory and does not use."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

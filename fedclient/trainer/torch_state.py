@@ -39,6 +39,8 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
 """Every dtype of safetensors that torch computes with."""
 _ORIGINALS = "fedlink_originals"
 """Attribute of a module with parameters of a frozen base that are held in another form: what they were, by name."""
+_NUMBERED = ("cuda", "xpu")
+"""Kinds of accelerators of which there may be several."""
 _HASHED = 1 << 20
 """Elements that are hashed at a time."""
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -282,17 +284,21 @@ def copied(model: torch.nn.Module) -> Callable[[], None]:
 
 def best_device() -> str:
     """The accelerator torch finds, or "cpu"."""
-    if torch.cuda.is_available():
-        return "cuda:0"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return "cpu"
+    return accelerator.type if accelerator.type == "mps" else f"{accelerator.type}:0"
 
 
 def accelerators() -> list[tuple[str, str, int]]:
-    """Name, product and bytes of memory of each CUDA device."""
+    """Name, product and bytes of memory of each accelerator that torch knows by number."""
+    kind = best_device().partition(":")[0]
+    if kind not in _NUMBERED:
+        return []
     found = []
-    for i in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(i)
-        found.append((f"cuda:{i}", str(properties.name), int(properties.total_memory)))
+    for i in range(torch.accelerator.device_count()):
+        properties: Any = torch.get_device_module(kind).get_device_properties(i)
+        found.append((f"{kind}:{i}", str(properties.name), int(properties.total_memory)))
     return found
 
 
@@ -453,20 +459,27 @@ def copy_tensor(target: torch.Tensor, value: torch.Tensor) -> None:
 def take_torch_random(device: str) -> dict[str, torch.Tensor]:
     """The states of torch's generators: the CPU's, and the job's accelerator's."""
     state = {"cpu": torch.get_rng_state()}
-    if device.startswith("cuda"):
-        state["accelerator"] = torch.cuda.get_rng_state(device)
-    if device == "mps":
-        state["accelerator"] = torch.mps.get_rng_state()
+    if (module := _device_module(device)) is not None:
+        state["accelerator"] = module.get_rng_state(*_number(device))
     return state
 
 
 def give_torch_random(state: Mapping[str, torch.Tensor], device: str) -> None:
     """Set torch's generators to states that `take_torch_random` gave."""
     torch.set_rng_state(state["cpu"])
-    if "accelerator" in state and device.startswith("cuda"):
-        torch.cuda.set_rng_state(state["accelerator"], device)
-    if "accelerator" in state and device == "mps":
-        torch.mps.set_rng_state(state["accelerator"])
+    module = _device_module(device)
+    if "accelerator" in state and module is not None:
+        module.set_rng_state(state["accelerator"], *_number(device))
+
+
+def _device_module(device: str) -> Any:
+    kind = device.partition(":")[0]
+    return None if kind == "cpu" else torch.get_device_module(kind)
+
+
+def _number(device: str) -> tuple[str, ...]:
+    """A device as its module's functions take it, where there may be several."""
+    return (device,) if device.partition(":")[0] in _NUMBERED else ()
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:

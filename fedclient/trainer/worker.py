@@ -30,7 +30,7 @@ from fedclient.trainer.api import Bounds, CancelledJob, Context, Site, Workload,
 from fedclient.trainer.checkpoint import Checkpoints, CheckpointUnusable
 from fedclient.trainer.files import Loader, ModelDirectory, Shard, write_model, write_update
 from fedclient.trainer.found import Finding, Found, fingerprint
-from fedclient.trainer.memory import is_out_of_memory, keep_whole, peak_device_memory
+from fedclient.trainer.memory import free_device_memory, is_out_of_memory, keep_whole, peak_device_memory
 from fedclient.trainer.options import BUILT_IN, SCRIPT_SUFFIX
 from fedclient.trainer.own_base import BaseMismatchError, OwnBase
 from fedclient.trainer.pipe import Pipe
@@ -308,9 +308,7 @@ class Worker:
     def _drop_model(self) -> None:
         self._model = None
         gc.collect()
-        torch = sys.modules.get("torch")
-        if torch is not None and torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        free_device_memory()
 
     def _new_context(self, job: Job, measured: frozenset[str]) -> Context:
         return Context(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import shutil
 from collections.abc import Mapping
@@ -29,10 +28,8 @@ from fedclient.trainer.state import state_of
 from fedlink import tensors as fedlink_tensors
 from fedlink.base import BASE_KEY
 from fedlink.errors import FedlinkError, Reason
-from fedlink.manifest import Manifest
 from fedlink.tensors import read_header
-from fedserver.modelexport import export
-from fedserver.modelfiles import ConvertedModel, convert
+from tests.support.exported import taken_in, written
 
 # What the libraries warn of in each other is not our business.
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
@@ -51,23 +48,6 @@ def llama(**options: Any) -> LlamaForCausalLM:
 def gpt2() -> GPT2LMHeadModel:
     torch.manual_seed(2)
     return GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=2, n_head=2))
-
-
-def taken_in(source: Path) -> ConvertedModel:
-    out = source.with_name(f"{source.name}-in")
-    out.mkdir()
-    model = convert(source, out)
-    return ConvertedModel(Manifest.parse(model.manifest.serialize()), model.files)
-
-
-def written(model: ConvertedModel, target: Path, merge_into: Path | None = None) -> list[str]:
-    paths = {f.entry: f.path for f in model.files}
-
-    async def fetch(entry, path):
-        assert not path.exists()
-        shutil.copy(paths[entry], path)
-
-    return [p.name for p in asyncio.run(export(model.manifest, fetch, target, merge_into=merge_into))]
 
 
 def same(a: torch.nn.Module, b: torch.nn.Module, **tolerance: float) -> None:

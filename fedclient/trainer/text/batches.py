@@ -116,7 +116,7 @@ class Padding:
 
     def _there(self, values: npt.NDArray[Any]) -> torch.Tensor:
         tensor = torch.from_numpy(values)
-        if self.device.startswith("cuda"):
+        if self.device.startswith(("cuda", "xpu")):
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 

@@ -19,6 +19,7 @@ from fedclient.trainer.options import Autocast, DataOptions, Files, LoraOptions,
 from fedclient.trainer.text import lora, optimizers, quantized, schedules
 from fedclient.trainer.text.batches import Batch, Numbers, Padding, Steps, in_order_of_length
 from fedclient.trainer.text.calibrating import Calibration
+from fedclient.trainer.text.compiling import Compiler
 from fedclient.trainer.text.corpus import Corpus
 from fedclient.trainer.text.keeping import KeptOptimizer
 from fedclient.trainer.text.meter import Meter
@@ -274,6 +275,15 @@ class FineTuning(Workload):
             quantized.prepare(model, precision.dtype)
         return precision
 
+    @cached_property
+    def compiler(self) -> Compiler | None:
+        """What compiles the model, if site.toml says so."""
+        return Compiler(self.site.kept) if self.precision.compile else None
+
+    def compiled(self, model: Any, ctx: Context) -> AbstractContextManager[Any]:
+        """What is called for the model in a training."""
+        return nullcontext(model) if self.compiler is None else self.compiler.compiled(model, ctx)
+
     def train(self, model: Any, ctx: Context) -> None:
         """See `Workload`."""
         settings: FineTuningSettings = ctx.settings
@@ -294,14 +304,15 @@ class FineTuning(Workload):
             settings.schedule, measured(settings.learning_rate), ctx.rounds * in_round, settings.warmup, settings.floor
         )
         before = (ctx.round - 1) * in_round
-        for batches in ctx.batches(epoch, epochs=settings.epochs, steps=settings.steps or None):
-            meter.begin_step()
-            ctx.saw(sum(map(len, batches)))
-            optimizers.set_rate(optimizer, schedule.rate(before + ctx.place(in_round)))
-            for loss, weight in self.gradients(model, batches, precision, ctx.device, meter.waiting):
-                meter.add(loss, weight)
-            self.step(optimizer, precision, settings.max_grad_norm)
-            meter.end_step(optimizer.param_groups[0]["lr"], int(corpus.sizes[numbers_of(batches)].sum()))
+        with self.compiled(model, ctx) as forward:
+            for batches in ctx.batches(epoch, epochs=settings.epochs, steps=settings.steps or None):
+                meter.begin_step()
+                ctx.saw(sum(map(len, batches)))
+                optimizers.set_rate(optimizer, schedule.rate(before + ctx.place(in_round)))
+                for loss, weight in self.gradients(forward, batches, precision, ctx.device, meter.waiting):
+                    meter.add(loss, weight)
+                self.step(optimizer, precision, settings.max_grad_norm)
+                meter.end_step(optimizer.param_groups[0]["lr"], int(corpus.sizes[numbers_of(batches)].sum()))
         if kept:
             kept.save(optimizer)
         ctx.log(**self.data_metrics)
@@ -350,11 +361,12 @@ class FineTuning(Workload):
         weights = self.weights(corpus)
         total = int(weights.sum())
         meter = Meter(ctx)
-        for numbers in ctx.batches(in_order_of_length(corpus, int(ctx.settings.batch_size))):
-            loss = self.summed_loss(model, self.make_batch(corpus, numbers, padding))
-            torch.autograd.backward(loss / total)
-            meter.add(loss, int(weights[numbers].sum()))
-            ctx.log(loss=meter.loss)
+        with self.compiled(model, ctx) as forward:
+            for numbers in ctx.batches(in_order_of_length(corpus, int(ctx.settings.batch_size))):
+                loss = self.summed_loss(forward, self.make_batch(corpus, numbers, padding))
+                torch.autograd.backward(loss / total)
+                meter.add(loss, int(weights[numbers].sum()))
+                ctx.log(loss=meter.loss)
         ctx.num_examples = total
 
     def step(self, optimizer: torch.optim.Optimizer, precision: Precision, max_norm: float) -> None:

@@ -24,6 +24,8 @@ def resolved(name: Autocast, device: str) -> Autocast:
         return name
     if device.startswith("cuda"):
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.startswith("xpu"):
+        return "bf16" if torch.xpu.is_bf16_supported(including_emulation=False) else "fp16"
     if device == "cpu":
         able = dict[str, Any](getattr(torch.cpu, "get_capabilities", dict)())
         return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "float32"
@@ -43,7 +45,7 @@ class Precision:
         """What autocast computes in; None: there is none."""
         self._kind = device.partition(":")[0]
         # Gradients in float16 vanish below 6e-8; other dtypes reach as far down as float32.
-        scaled = self.dtype is torch.float16 and self._kind == "cuda"
+        scaled = self.dtype is torch.float16 and self._kind in ("cuda", "xpu")
         self.scaler = torch.amp.GradScaler(self._kind, enabled=scaled)
         """Scales the loss where it must be; elsewhere it does nothing."""
 

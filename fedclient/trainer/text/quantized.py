@@ -17,14 +17,15 @@ from typing import Any
 
 import torch
 
+from fedclient.trainer.memory import keep_whole
 from fedclient.trainer.options import Quantize
 from fedclient.trainer.text.pretrained import Pretrained, PretrainedError
 from fedclient.trainer.torch_state import keep_original
 
 EXTRA = "pip install 'fedlink[quantized]'"
 """What brings the package that is needed here."""
-_THREADS = 4
-"""Layers in hand at a time; hashing and quantizing let go of the interpreter's lock."""
+_THREADS = 2
+"""Layers in hand at a time, each with five times its own memory; hashing and quantizing let go of Python's lock."""
 _OUTLIERS = 6.0
 """Inputs larger than this are multiplied in full, as in LLM.int8()."""
 
@@ -76,6 +77,7 @@ def load(
             "leave quantize out"
         )
     lengths: dict[str, torch.Tensor] = {}
+    keep_whole()
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), "quantize") as pool:
         try:
             for name, layer, found in pool.map(lambda item: _quantized(item[0], item[1], held, quantize), layers):
@@ -108,6 +110,7 @@ def prepare(model: torch.nn.Module, dtype: torch.dtype | None) -> None:
             layer.compute_dtype = own if layer.bias is not None else dtype or own
             layer.compute_type_is_set = True
         elif isinstance(module, bnb.nn.Linear8bitLt):
+            _restore_scales(module)
             _follow(module)
 
 
@@ -154,11 +157,15 @@ def _quantized(
 
 
 def _before_8bit(layer: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-    if layer.weight.CB is not None and layer.weight.SCB is None:
-        # On a CPU, DoRA leaves a copy of the weight there that has lost its scales.
-        layer.weight.SCB = layer.state.SCB
+    _restore_scales(layer)
     # As in `prepare`: what comes in takes the bias' dtype, never the other way round.
     return None if layer.bias is None else (inputs[0].to(layer.bias.dtype), *inputs[1:])
+
+
+def _restore_scales(layer: Any) -> None:
+    """On a CPU, peft's DoRA puts a copy in the place of the weight that has lost its scales."""
+    if layer.weight.CB is not None and layer.weight.SCB is None:
+        layer.weight.SCB = layer.state.SCB
 
 
 def _hold_rest(model: Any, held: torch.dtype) -> None:
@@ -172,11 +179,12 @@ def _hold_rest(model: Any, held: torch.dtype) -> None:
 
 def _follow(layer: Any) -> None:
     """Have what bitsandbytes keeps of an 8-bit weight lie where the weight lies, which torch alone has moved."""
-    for holder in (layer.weight, layer.state):
-        if holder.CB is not None and holder.CB.data_ptr() != layer.weight.data_ptr():
-            holder.CB = layer.weight.data
-        if holder.SCB is not None:
-            holder.SCB = holder.SCB.to(layer.weight.device)
+    if layer.weight.CB is not None:
+        # As its first forward pass does: compiled code would be compiled again after that.
+        layer.init_8bit_state()
+    if layer.state.CB.data_ptr() != layer.weight.data_ptr():
+        layer.state.CB = layer.weight.data
+    layer.state.SCB = layer.state.SCB.to(layer.weight.device)
 
 
 def _bitsandbytes() -> Any:
