@@ -20,6 +20,7 @@ import fedlink
 from fedclient.child import Child
 from fedclient.settings import SiteSettings
 from fedclient.spool import DISK_REFUSES
+from fedclient.trainer.team import python_command
 from fedclient.trainer.wire import (
     PROTOCOL,
     Description,
@@ -49,6 +50,8 @@ __all__ = [
 ]
 
 _NO_ROOM = tuple(f"[Errno {number}]" for number in DISK_REFUSES)
+_PASSING = (FailReason.OUT_OF_MEMORY, FailReason.CRASHED, FailReason.STALLED)
+"""What another attempt may be spared."""
 CANCEL_GRACE = 10.0
 """Seconds a job has to stop by itself when it is cancelled."""
 
@@ -210,7 +213,8 @@ class Trainer:
             yield
         except TrainerFailed as e:
             self._log.info("trainer failed", reason=e.reason.value, error=e.message, output=str(self.log_path))
-            if e.reason not in (FailReason.EXCEPTION, FailReason.BASE_MISMATCH, FailReason.CANCELLED):
+            stays = e.reason in (FailReason.EXCEPTION, FailReason.BASE_MISMATCH) and not self._workload.distributed
+            if not stays and e.reason is not FailReason.CANCELLED:
                 await self._end()
             raise
         except BaseException:
@@ -243,7 +247,7 @@ class Trainer:
         python = self._site.interpreter(self._name)
         self._runtime_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._child = child = await Child.spawn(
-            [str(python), "-P", "-X", "faulthandler", "-m", "fedclient.trainer.worker"],
+            [str(python), *self._program()],
             env=trainer_environment(os.environ, python, link_packages(self._runtime_dir / "python")),
             cwd=self._site.directory,
             log=self.log_path,
@@ -255,6 +259,23 @@ class Trainer:
             await self._fail(child, message, f"its trainer {self._workload.trainer} cannot be used")
         self._description = Description.from_json(message)
         return child
+
+    def _program(self) -> list[str]:
+        """The module that the interpreter is to run, with its arguments: the trainer, or what starts several."""
+        several = self._workload.distributed
+        if several is None or several.alone:
+            return python_command("fedclient.trainer.worker")
+        home = self._runtime_dir / f"ranks-{self._name}-{self._device.replace(':', '')}"
+        options = {
+            "processes": several.processes,
+            "strategy": several.strategy,
+            "device": self._device,
+            "nodes": several.nodes,
+            "rendezvous": several.rendezvous,
+            "stall-after": self._workload.stall_after,
+            "home": home,
+        }
+        return python_command("fedclient.trainer.launcher", [f"--{name}={value}" for name, value in options.items()])
 
     def _start(self) -> Start:
         return Start(
@@ -322,15 +343,16 @@ class Trainer:
         if no_room:
             cause = "the site's disk is full or cannot be written"
         said = f"{what}: {cause}, step {failure.step}"
-        if failure.reason is FailReason.BASE_MISMATCH:
+        if failure.reason in (FailReason.BASE_MISMATCH, FailReason.CRASHED, FailReason.STALLED):
             said = failure.text
         raise TrainerFailed(
             failure.reason,
             f"workload {self._name}: {said}",
             exception_class=failure.exception_class,
+            exit_code=failure.exit_code,
             step=failure.step,
             memory_bytes=failure.memory_bytes,
-            retryable=no_room or failure.reason is FailReason.OUT_OF_MEMORY,
+            retryable=no_room or failure.reason in _PASSING,
             no_room=no_room,
             output=f"{failure.text}\n{await child.tail()}".strip(),
         )

@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -31,6 +31,30 @@ class Limit(Config):
     max: float | None = None
 
 
+class DistributedSettings(Config):
+    """`[workload.NAME.distributed]`: train with several processes, through torch's own launcher."""
+
+    processes: int | Literal["auto"] = Field("auto", ge=1, le=1024)
+    """On each machine; "auto": one for each GPU, or one."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """A whole model in each process, or a share of it."""
+    nodes: int = Field(1, ge=1, le=4096)
+    """Machines; on the others `fedclient join` is to run."""
+    rendezvous: str = ""
+    """HOST:PORT of this machine, where the others find it."""
+
+    @model_validator(mode="after")
+    def _nodes(self) -> Self:
+        if (self.nodes > 1) != bool(self.rendezvous):
+            raise ValueError("nodes and rendezvous belong together: HOST:PORT of this machine, for the other ones")
+        return self
+
+    @property
+    def alone(self) -> bool:
+        """Whether one process trains, as without this table."""
+        return self.processes == 1 and self.nodes == 1
+
+
 class WorkloadSettings(Config):
     """`[workload.NAME]`: one thing this site is ready to train."""
 
@@ -50,6 +74,8 @@ class WorkloadSettings(Config):
     """`[workload.NAME.parameters]`: which parameters of a full model train."""
     precision: PrecisionSettings | None = None
     """`[workload.NAME.precision]`: what is computed and held in which dtype."""
+    distributed: DistributedSettings | None = None
+    """`[workload.NAME.distributed]`: train with several processes."""
     limits: Mapping[str, Limit] = Field(default_factory=dict)
     """`[workload.NAME.limits]`: bounds on numeric settings; a run beyond them is refused."""
     runs: tuple[str, ...] = ("*",)

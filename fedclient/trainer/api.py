@@ -16,6 +16,7 @@ import numpy as np
 from fedclient.trainer.checkpoint import Checkpoints
 from fedclient.trainer.course import Course
 from fedclient.trainer.loop import Loop
+from fedclient.trainer.team import Team
 from fedclient.trainer.wire import JobKind, Progress
 from fedlink.failpoints import reach
 
@@ -144,7 +145,8 @@ class Context:
         round: number of the round, from 1; for an evaluation, of the version.
         rounds: rounds of the whole run, as the server knows it now; 0 if unknown.
         version: version of the run's model that was loaded.
-        num_examples: examples used; set it before you return.
+        num_examples: examples used; set it before you return. With several processes, those of the whole site.
+        team: the processes that train together.
     """
 
     def __init__(
@@ -161,7 +163,9 @@ class Context:
         max_steps: int = 0,
         report: Callable[[Progress], None] = lambda _: None,
         cancelled: Callable[[], bool] = lambda: False,
+        team: Team | None = None,
     ) -> None:
+        self.team = team or Team()
         self.settings = settings
         self.device = device
         self.seed = seed
@@ -206,7 +210,9 @@ class Context:
                 self._step += 1
         self.alive()
 
-    def batches(self, data: Iterable[Any], *, epochs: int = 1, steps: int | None = None) -> Iterator[Any]:
+    def batches(
+        self, data: Iterable[Any], *, epochs: int = 1, steps: int | None = None, split: bool = True
+    ) -> Iterator[Any]:
         """Yield the batches of `data`, each of them a step as in `steps`: so many epochs, or so many steps.
 
         An interrupted training goes on with the same remaining batches: the epoch is begun again under the random
@@ -216,9 +222,11 @@ class Context:
             data: a torch `DataLoader`, or anything that can be iterated over once an epoch.
             epochs: how often to go through it.
             steps: how many batches to take in all, instead of `epochs`; begins anew as often as needed.
+            split: of several processes, give each its part of every batch; see `share`.
 
         Raises:
             ValueError: there are no batches to take steps with.
+            TypeError: a batch cannot be split.
         """
         length = len(data) if isinstance(data, Sized) else None
         size = steps if steps is not None else None if length is None else epochs * length
@@ -229,9 +237,34 @@ class Context:
             self._total += size or 0
             for batch in self._epochs(loop, data, None if steps is not None else epochs, limit):
                 reach("trainer.step")
-                yield batch
+                yield self.share(batch) if split else batch
                 self._step += 1
         self.alive()
+
+    def share(self, batch: Any) -> Any:
+        """This process' part of a batch, for a loop over `steps`; the batch itself where one process trains.
+
+        The gradient is then that of the mean over the whole batch, if the loss is the mean over the part. A part is
+        never empty: if there are fewer examples than processes, some compute one for nothing.
+
+        Raises:
+            TypeError: it is none of tensors, arrays, lists, and tuples, lists and dicts of these.
+        """
+        if self.world_size == 1:
+            return batch
+        share = self.team.share(batch)
+        self.team.weight = share.weight
+        return share.part
+
+    @property
+    def rank(self) -> int:
+        """The number of this process among those that train together, from 0."""
+        return self.team.rank
+
+    @property
+    def world_size(self) -> int:
+        """How many processes train together."""
+        return self.team.world_size
 
     def keep(self, **things: Any) -> None:
         """Name what checkpoints hold besides the model: call it before the loop over `steps` or `batches`.
@@ -346,11 +379,13 @@ class Context:
         return count
 
     def _turn(self, loop: Loop) -> None:
+        self.team.agree()
         self.alive()
         self._course.turn(loop)
 
     def _epochs(self, loop: Loop, data: Iterable[Any], epochs: int | None, limit: int | None) -> Iterator[Any]:
         while (epochs is None or loop.epoch < epochs) and (limit is None or loop.step < limit):
+            self.team.same_random(self.device)
             batches = self._course.begin_epoch(loop, data)
             while limit is None or loop.step < limit:
                 self._turn(loop)

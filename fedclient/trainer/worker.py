@@ -1,4 +1,4 @@
-"""The trainer process: `python -m fedclient.trainer.worker FD`.
+"""The trainer process: `python -m fedclient.trainer.worker FD`; without FD, one of several, which its launcher started.
 
     load the class ── "ready" ──▶ wait for a job ──▶ build (once) · load · seed · user's code · write ── "done" ──┐
                                         ▲                                                                        │
@@ -15,27 +15,29 @@ import gc
 import importlib
 import importlib.metadata
 import json
+import math
 import os
 import random
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from fedclient.trainer.api import CancelledJob, Context, Site, Workload, derive_seed
 from fedclient.trainer.checkpoint import Checkpoints, CheckpointUnusable
-from fedclient.trainer.files import Loader, ModelDirectory, Shard, write_model, write_update
+from fedclient.trainer.files import Loader, ModelDirectory, Shard, hand_over_update, write_model, write_update
 from fedclient.trainer.memory import is_out_of_memory, peak_device_memory
 from fedclient.trainer.options import BUILT_IN
 from fedclient.trainer.own_base import BaseMismatchError, OwnBase
 from fedclient.trainer.pipe import Pipe
 from fedclient.trainer.schema import parse_settings, settings_schema
-from fedclient.trainer.state import State, state_of
+from fedclient.trainer.state import State
+from fedclient.trainer.team import SOCKET, Team, does_share
 from fedclient.trainer.wire import (
     PROTOCOL,
     Description,
@@ -54,6 +56,8 @@ from fedlink.companions import ADAPTER_WEIGHTS, MODEL_WEIGHTS, is_companion
 from fedlink.failpoints import reach
 from fedlink.memory import peak_memory
 
+_NOTHING = Result(0, 0, {}, 0.0)
+"""What a rank has to tell of a job that another one speaks for."""
 _MAX_TEXT = 4000
 _ALIVE_EVERY = 0.5
 
@@ -71,6 +75,23 @@ class _Built:
     state: State
     loader: Loader
     base: OwnBase
+    whole: bool
+
+
+class Channel(Protocol):
+    """What is used of `Pipe`."""
+
+    def shard(self, wait: float) -> str | None:
+        """The name of the next shard of the job under way."""
+        ...
+
+    def cancelled(self) -> bool:
+        """Whether the daemon has cancelled the job under way."""
+        ...
+
+    def send(self, kind: str, table: Mapping[str, Any]) -> None:
+        """Send one message."""
+        ...
 
 
 class Worker:
@@ -79,8 +100,9 @@ class Worker:
     The model is built once for each seed and kept; every job finds it as a fresh process would.
     """
 
-    def __init__(self, start: Start, pipe: Pipe) -> None:
+    def __init__(self, start: Start, pipe: Channel, team: Team | None = None) -> None:
         self._pipe = pipe
+        self._team = team or Team()
         self._start = start
         self._class = find_class(start.trainer, Path(start.directory))
         self._schema = settings_schema(self._class.Settings)
@@ -92,7 +114,11 @@ class Worker:
 
     def description(self) -> Description:
         """What the class offers."""
-        return Description(self._schema, abilities(self._class), _devices(self._start.device))
+        return Description(self._schema, abilities(self._class), _devices(self._device))
+
+    @property
+    def _device(self) -> str:
+        return self._team.place(_resolve(self._start.device))
 
     def run(self, job: Job) -> Result | Failure:
         """Do one job; whatever the user's code raises becomes a Failure."""
@@ -121,32 +147,38 @@ class Worker:
     def _run(self, job: Job, *, resume: bool = True) -> Result:
         self._context = Context(settings=None)
         self._close_checkpoints()
-        if job.kind is JobKind.INIT:
-            return self._init(job)
-        if job.kind is JobKind.DESCRIBE:
-            return Result(0, 0, {}, 0.0, memory_bytes=peak_memory(), data=dict(self._workload.describe_data()))
+        if job.kind in (JobKind.INIT, JobKind.DESCRIBE):
+            return self._alone(job)
         if job.model_dir is None:
             raise WorkloadError(f"a job to {job.kind.value} needs the model's directory")
         directory = ModelDirectory.read(job.model_dir)
         # Before the device is resolved: a class may import torch only here.
-        built = self._built(job.seed)
+        built = self._built(job.seed, self._team)
         state = built.state
-        self._context = ctx = self._new_context(job)
+        shared = self._is_shared(job)
+        self._context = ctx = self._new_context(job, self._team if shared else Team())
         built.base.check(directory.base, ctx.alive)
         frozen = {s.name for s in directory.specs.values() if s.role.value == "frozen"}
         state.begin(training=job.kind is JobKind.TRAIN, device=ctx.device, frozen=frozen)
         built.base.settle()
         built.loader.load(directory, job.model_key, ctx.alive, self._arriving(directory) if job.awaited else None)
         if job.checkpoint_dir and job.checkpoint_every and _ability(job) == "train":
-            self._checkpoints = self._new_checkpoints(job, job.checkpoint_dir, state)
-            if resume:
-                self._checkpoints.look()
-            ctx.use_checkpoints(self._checkpoints)
+            self._use_checkpoints(job, job.checkpoint_dir, state, resume=resume)
+        if not shared and self._team.whole:
+            if self._team.rank:
+                return _NOTHING
+            self._team.go_alone()
         seed_everything(ctx.seed)
         began = time.monotonic()
         gradient = self._compute(job, built)
         seconds = time.monotonic() - began + ctx.earlier_seconds
         examples, files = ctx.counted(), tuple[Path, ...]()
+        if self._team.rank:
+            if job.kind is JobKind.TRAIN and not self._team.whole:
+                hand_over_update(state, directory, write=job.write, gradient=gradient, alive=ctx.alive)
+            return _NOTHING
+        if self._team.whole:
+            self._team.go_alone()
         if job.kind is JobKind.TRAIN:
             files = write_update(
                 state,
@@ -161,6 +193,22 @@ class Worker:
             reach("trainer.update")
         return Result(examples, ctx.step, ctx.metrics, seconds, files, peak_memory(), peak_device_memory())
 
+    def _alone(self, job: Job) -> Result:
+        """What no model is trained for: the first rank does it, and speaks for all."""
+        if self._team.rank:
+            return _NOTHING
+        if job.kind is JobKind.INIT:
+            return self._init(job)
+        return Result(0, 0, {}, 0.0, memory_bytes=peak_memory(), data=dict(self._workload.describe_data()))
+
+    def _use_checkpoints(self, job: Job, directory: Path, state: State, *, resume: bool) -> None:
+        self._checkpoints = self._new_checkpoints(job, directory, state)
+        if resume:
+            self._checkpoints.look()
+            if not self._team.all_true(self._checkpoints.saved is not None):
+                self._checkpoints.close()
+        self._context.use_checkpoints(self._checkpoints)
+
     def _compute(self, job: Job, built: _Built) -> Any:
         ctx, model = self._context, built.model
         ability = _ability(job)
@@ -172,16 +220,23 @@ class Worker:
             return None
         built.loader.forget()
         if ability == "gradient":
-            return self._workload.gradient(model, ctx)
+            with ctx.team.training(model, ctx):
+                return self._workload.gradient(model, ctx)
         try:
-            self._workload.train(model, ctx)
+            with ctx.team.training(model, ctx):
+                self._workload.train(model, ctx)
         except Exception as error:
-            if ctx.unproven and not is_out_of_memory(error):
+            if ctx.unproven and not is_out_of_memory(error) and not self._team.lost(error):
                 raise CheckpointUnusable(f"going on from it ended in {type(error).__name__}") from error
             raise
         if ctx.resuming:
             raise CheckpointUnusable("the training ended before it came to it")
         return None
+
+    def _is_shared(self, job: Job) -> bool:
+        """Whether the ranks share the work of a job; else the first one does it alone."""
+        ability = _ability(job)
+        return ability == "train" or does_share(getattr(self._class, ability))
 
     def _new_checkpoints(self, job: Job, directory: Path, state: State) -> Checkpoints:
         """Checkpoints that are good for nothing but this very job, on this data, by this code's versions."""
@@ -195,11 +250,12 @@ class Worker:
         return Checkpoints(
             directory,
             owner=json.dumps(owner, sort_keys=True),
-            every=job.checkpoint_every,
+            every=math.inf if self._team.rank and self._team.whole else job.checkpoint_every,
             state=state,
             device=self._context.device,
             alive=self._context.alive,
             say=self._say,
+            team=self._team,
         )
 
     def _say(self, text: str) -> None:
@@ -214,7 +270,7 @@ class Worker:
     def _init(self, job: Job) -> Result:
         self._context = Context(settings=None, report=self._report, cancelled=self._pipe.cancelled)
         self._drop_model()
-        built = self._built(job.seed)
+        built = self._built(job.seed, Team())
         base = built.base.tensors(self._context.alive)
         if job.model_dir is not None:
             built.loader.load(ModelDirectory.read(job.model_dir), "", self._context.alive)
@@ -228,16 +284,19 @@ class Worker:
             files[-1].write_bytes(data)
         return Result(0, 0, {}, 0.0, tuple(files))
 
-    def _built(self, seed: int) -> _Built:
-        if self._model is None or self._model.seed != seed or self._model.base.touched:
+    def _built(self, seed: int, team: Team) -> _Built:
+        held = self._model
+        if held is None or (held.seed, held.whole) != (seed, team.whole) or held.base.touched:
             self._drop_model()
             seed_everything(seed)
             workload = self._workload
-            model = workload.build_model()
+            frozen_base = workload.frozen_base
+            with team.building(frozen_base=frozen_base):
+                model = workload.build_model()
             names = workload.tensor_names(model)
-            state = state_of(model, names, frozen_base=workload.frozen_base)
-            self._model = _Built(seed, model, state, Loader(state), OwnBase(state))
-        return self._model
+            state, base = team.laid_out(model, names, frozen_base=frozen_base, device=self._device)
+            self._model = held = _Built(seed, model, state, Loader(state), base, team.whole)
+        return held
 
     def _drop_model(self) -> None:
         self._model = None
@@ -246,10 +305,10 @@ class Worker:
         if torch is not None and torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
-    def _new_context(self, job: Job) -> Context:
+    def _new_context(self, job: Job, team: Team) -> Context:
         return Context(
             settings=parse_settings(self._class.Settings, job.settings),
-            device=_resolve(self._start.device),
+            device=self._device,
             seed=derive_seed(job.seed, job.client, job.round, job.kind),
             client=job.client,
             run=job.run,
@@ -259,6 +318,7 @@ class Worker:
             max_steps=job.max_steps,
             report=self._report,
             cancelled=self._pipe.cancelled,
+            team=team,
         )
 
     def _arriving(self, directory: ModelDirectory) -> Iterator[Shard]:
@@ -369,14 +429,22 @@ def _devices(wanted: str) -> tuple[Device, ...]:
     return (first, *(d for d in found if d.name != own))
 
 
+def _meet() -> tuple[Team, Any]:
+    if SOCKET not in os.environ:
+        return Team(), Pipe(int(sys.argv[1]))
+    from fedclient.trainer.ranks import join  # noqa: PLC0415 - imports torch
+
+    return join()
+
+
 def main() -> int:
     """Serve jobs until the daemon goes; the exit code is 1 if the class could not be loaded."""
     failpoints.arm(os.environ)
-    pipe = Pipe(int(sys.argv[1]))
+    team, pipe = _meet()
     message = pipe.receive()
     try:
         check_protocol(message["protocol"])
-        worker = Worker(Start.from_json(message), pipe)
+        worker = Worker(Start.from_json(message), pipe, team)
         pipe.send("ready", worker.description().to_json())
     except BaseException as error:  # noqa: BLE001 - reported whatever it is
         traceback.print_exc()

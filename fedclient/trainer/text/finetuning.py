@@ -14,6 +14,7 @@ import torch
 
 from fedclient.trainer.api import Bounds, Context, Site, Workload
 from fedclient.trainer.options import DataOptions, Files, LoraOptions, ParameterOptions, PrecisionOptions
+from fedclient.trainer.team import Share, shares_work
 from fedclient.trainer.text import lora, optimizers, schedules
 from fedclient.trainer.text.batches import Batch, Numbers, Padding, Steps, in_order_of_length
 from fedclient.trainer.text.corpus import Corpus
@@ -231,7 +232,7 @@ class FineTuning(Workload):
         corpus, padding = self.train_corpus, self.padding(ctx.device)
         precision, weights = Precision(self.precision.autocast, ctx.device), self.weights(corpus)
         optimizer = optimizers.make_optimizer(model, settings)
-        kept = KeptOptimizer(self.site.kept, ctx) if settings.keep_optimizer else None
+        kept = KeptOptimizer(self.site.kept, ctx) if settings.keep_optimizer and ctx.team.whole else None
         if kept:
             kept.load(optimizer)
         meter = Meter(ctx)
@@ -242,16 +243,18 @@ class FineTuning(Workload):
             settings.schedule, settings.learning_rate, ctx.rounds * in_round, settings.warmup, settings.floor
         )
         before = (ctx.round - 1) * in_round
-        for batches in ctx.batches(epoch, epochs=settings.epochs, steps=settings.steps or None):
+        for batches in ctx.batches(epoch, epochs=settings.epochs, steps=settings.steps or None, split=False):
             meter.begin_step()
             optimizers.set_rate(optimizer, schedule.rate(before + ctx.step))
             step_weight = sum(int(weights[numbers].sum()) for numbers in batches)
             for numbers in batches:
+                share = ctx.team.share(numbers)
                 with meter.waiting():
-                    batch = self.make_batch(corpus, numbers, padding)
+                    batch = self.make_batch(corpus, share.part, padding)
                 with precision.autocast():
-                    loss = self.summed_loss(model, batch)
-                torch.autograd.backward(precision.scaler.scale(loss / step_weight))
+                    loss = counting(self.summed_loss(model, batch), share)
+                # The mean over the ranks is then the sum over all examples.
+                torch.autograd.backward(precision.scaler.scale(loss * ctx.world_size / step_weight))
                 meter.add(loss, int(weights[numbers].sum()))
             self._step(optimizer, precision, settings.max_grad_norm)
             meter.end_step(optimizer.param_groups[0]["lr"], int(corpus.sizes[numbers_of(batches)].sum()))
@@ -260,6 +263,7 @@ class FineTuning(Workload):
         ctx.log(**self.data_metrics)
         ctx.num_examples = int(weights.sum())
 
+    @shares_work
     def gradient(self, model: Any, ctx: Context) -> None:
         """See `Workload`."""
         self._job = ctx
@@ -267,9 +271,10 @@ class FineTuning(Workload):
         weights = self.weights(corpus)
         total = int(weights.sum())
         meter = Meter(ctx)
-        for numbers in ctx.batches(in_order_of_length(corpus, ctx.settings.batch_size)):
-            loss = self.summed_loss(model, self.make_batch(corpus, numbers, padding))
-            torch.autograd.backward(loss / total)
+        for numbers in ctx.batches(in_order_of_length(corpus, ctx.settings.batch_size), split=False):
+            share = ctx.team.share(numbers)
+            loss = counting(self.summed_loss(model, self.make_batch(corpus, share.part, padding)), share)
+            torch.autograd.backward(loss * ctx.world_size / total)
             meter.add(loss, int(weights[numbers].sum()))
             ctx.log(loss=meter.loss)
         ctx.num_examples = total
@@ -285,6 +290,11 @@ class FineTuning(Workload):
 
     def _paths(self, files: Files) -> list[Path]:
         return [self.site.directory / name for name in ([files] if isinstance(files, str) else files)]
+
+
+def counting(loss: torch.Tensor, share: Share) -> torch.Tensor:
+    """The summed loss of a rank's part of a batch: nothing, if its examples are another rank's."""
+    return loss if share.own else loss * 0
 
 
 def numbers_of(batches: Sequence[Numbers]) -> list[int]:

@@ -1,0 +1,207 @@
+"""Several real trainer processes under torch's launcher: the update of one process, and what happens if one fails."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedclient.launch import FailReason, Trainer, TrainerFailed, Write
+from fedclient.settings import SiteSettings, load_site
+from tests.support.federation import until
+from tests.support.interrupted import ALWAYS
+from tests.support.tiny_models import reviews, save_bert, write_jsonl
+from tests.support.trainers import arrays, evaluate, init, make_site, make_trainer, train
+
+TOLERANCE = 2e-5
+"""Between updates of one and of several processes, for numbers of 0.01 to 1: sums of float32 in another order."""
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def user_site(directory: Path, processes: int, strategy: str = "ddp", **data: Any) -> SiteSettings:
+    several = {"processes": processes, "strategy": strategy}
+    return make_site(directory, "pairs:Pairs", data=data, distributed=several, stall_after=data.pop("stall", 60.0))
+
+
+async def trained(trainer: Trainer, model: Path, out: Path, **job: Any) -> dict[str, np.ndarray]:
+    result = await train(trainer, model, out, **job)
+    return arrays(*result.files)
+
+
+def assert_close(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
+    assert found.keys() == wanted.keys()
+    assert max(float(np.abs(array).max()) for array in wanted.values()) > 0.005
+    for name, array in wanted.items():
+        np.testing.assert_allclose(found[name], array, rtol=0, atol=TOLERANCE, err_msg=name)
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+async def test_two_processes_give_the_update_of_one_for_a_users_class(tmp_path: Path, strategy: str):
+    one, two = make_trainer(user_site(tmp_path / "1", 1)), make_trainer(user_site(tmp_path / "2", 2, strategy))
+    try:
+        model = await init(two, tmp_path / "model", seed=3)
+        for i, settings in enumerate([{}, {"accumulation": 2, "batch_size": 5}]):
+            wanted = await trained(one, model, tmp_path / f"one-{i}", settings=settings, seed=5)
+            result = await train(two, model, tmp_path / f"two-{i}", settings=settings, seed=5)
+            assert_close(arrays(*result.files), wanted)
+            assert result.num_examples == 33
+            assert result.metrics["seen"] < 40, "each has seen its part alone"
+        assert not wanted["unused.weight"].any()
+        wanted = await trained(one, model, tmp_path / "g1", write=Write.GRADIENT)
+        assert_close(await trained(two, model, tmp_path / "g2", write=Write.GRADIENT), wanted)
+        measured = [await evaluate(trainer, model, tmp_path / "e") for trainer in (one, two)]
+        assert measured[1].metrics == pytest.approx(measured[0].metrics, abs=1e-6), "all of it, in one process"
+    finally:
+        await one.close()
+        await two.close()
+
+
+BERT = """
+name = "site-1"
+[workload.w]
+trainer = "sequence_classification"
+model = "bert"
+[workload.w.data]
+train = "train.jsonl"
+test = "test.jsonl"
+labels = ["neg", "pos"]
+[workload.w.precision]
+autocast = "float32"
+[workload.w.distributed]
+"""
+BUILT_IN = {"learning_rate": 0.005, "batch_size": 3, "accumulation": 2, "epochs": 2, "optimizer": "adamw"}
+
+
+def text_site(directory: Path, distributed: str, **config: Any) -> SiteSettings:
+    save_bert(directory / "bert", **{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} | config)
+    write_jsonl(directory / "train.jsonl", reviews(19))
+    write_jsonl(directory / "test.jsonl", reviews(10, first=100))
+    (directory / "site.toml").write_text(BERT + distributed)
+    return load_site(directory / "site.toml")
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+async def test_two_processes_give_the_update_of_one_for_a_built_in_workload(tmp_path: Path, strategy: str):
+    one = make_trainer(text_site(tmp_path / "1", "processes = 1"))
+    two = make_trainer(text_site(tmp_path / "2", f'processes = 2\nstrategy = "{strategy}"'))
+    try:
+        model = await init(one, tmp_path / "model", seed=3)
+        # The last step has one example: the second process then has none of its own.
+        wanted = await train(one, model, tmp_path / "one", settings=BUILT_IN)
+        found = await train(two, model, tmp_path / "two", settings=BUILT_IN)
+        assert_close(arrays(*found.files), arrays(*wanted.files))
+        assert found.num_examples == wanted.num_examples == 19
+        assert found.metrics["loss"] == pytest.approx(wanted.metrics["loss"], abs=1e-5)
+        gradients = [await train(t, model, tmp_path / n, write=Write.GRADIENT) for t, n in ((one, "g1"), (two, "g2"))]
+        assert_close(*(arrays(*result.files) for result in gradients))
+        settings = {"eval_batch_size": 3, "metrics": ["auroc"]}
+        measured = [await evaluate(t, model, tmp_path / "e", settings=settings) for t in (one, two)]
+        assert [m.num_examples for m in measured] == [10, 10]
+        assert measured[1].metrics == pytest.approx(measured[0].metrics, abs=1e-5)
+    finally:
+        await one.close()
+        await two.close()
+
+
+async def failed(trainer: Trainer, model: Path, out: Path, **job: Any) -> TrainerFailed:
+    with pytest.raises(TrainerFailed) as caught:
+        await train(trainer, model, out, **job)
+    return caught.value
+
+
+def gone(marker: Path) -> bool:
+    """Whether the process that wrote its number there is no more."""
+    try:
+        return Path(f"/proc/{marker.read_text()}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+async def test_a_process_that_is_killed_fails_the_job_and_another_number_goes_on(tmp_path: Path, strategy: str):
+    checked = {"checkpoint_dir": tmp_path / "checkpoints", "checkpoint_every": ALWAYS, "seed": 5}
+    one, two = (make_trainer(user_site(tmp_path / "site", n, strategy, trouble="kill")) for n in (1, 2))
+    marker = tmp_path / "site" / "marker"
+    try:
+        model = await init(one, tmp_path / "model", seed=3)
+        # As if its trouble had been before.
+        marker.write_text("0")
+        wanted = await trained(one, model, tmp_path / "whole", seed=5)
+        marker.unlink()
+        failure = await failed(two, model, tmp_path / "killed", **checked)
+        assert (failure.reason, failure.exit_code, failure.retryable) == (FailReason.CRASHED, -9, True)
+        assert "rank 1 of the trainer's processes ended by signal 9 (SIGKILL), step 4" in failure.message
+        assert (tmp_path / "checkpoints" / "checkpoint.safetensors").exists()
+        until(lambda: gone(marker), "the killed one to go")
+        shutil.copytree(tmp_path / "checkpoints", tmp_path / "again")
+        notes: list[str] = []
+        for trainer, name, kept in ((two, "same", "checkpoints"), (one, "fewer", "again")):
+            found = await train(
+                trainer,
+                model,
+                tmp_path / name,
+                on_progress=lambda p: notes.append(p.note),
+                **checked | {"checkpoint_dir": tmp_path / kept},
+            )
+            assert_close(arrays(*found.files), wanted)
+            assert notes.count("resumed from a local checkpoint") == 1
+            notes.clear()
+    finally:
+        await one.close()
+        await two.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("trouble", "reason", "text"),
+    [
+        ("stop", FailReason.STALLED, "rank 1 of the trainer's processes made no progress for 30 s"),
+        ("raise", FailReason.EXCEPTION, "LookupError, step 4"),
+    ],
+)
+async def test_a_process_that_hangs_or_raises_fails_the_job_by_name(
+    tmp_path: Path, trouble: str, reason: FailReason, text: str
+):
+    trainer = make_trainer(user_site(tmp_path, 2, trouble=trouble, stall=30.0))
+    try:
+        model = await init(trainer, tmp_path / "model")
+        failure = await failed(trainer, model, tmp_path / "out")
+        assert failure.reason is reason
+        assert text in failure.message
+        until(lambda: gone(tmp_path / "marker"), "the processes to end")
+        await train(trainer, model, tmp_path / "next")
+    finally:
+        await trainer.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+async def test_cancelled_they_stop_and_stay_warm(tmp_path: Path):
+    trainer = make_trainer(user_site(tmp_path, 2))
+    try:
+        model = await init(trainer, tmp_path / "model")
+        child = trainer._child
+        begun = asyncio.Event()
+        endless = asyncio.create_task(
+            train(trainer, model, tmp_path / "out", settings={"epochs": 100000}, on_progress=lambda _: begun.set())
+        )
+        await begun.wait()
+        await trainer.cancel()
+        with pytest.raises(TrainerFailed, match="cancelled"):
+            await endless
+        await train(trainer, model, tmp_path / "next")
+        assert trainer._child is child
+    finally:
+        await trainer.close()
