@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import fedclient
 import fedlink
 from fedclient.child import Child
-from fedclient.settings import SiteSettings
+from fedclient.settings import SiteSettings, WorkloadSettings
 from fedclient.spool import DISK_REFUSES
 from fedclient.trainer.team import python_command
 from fedclient.trainer.wire import (
@@ -247,7 +247,7 @@ class Trainer:
         python = self._site.interpreter(self._name)
         self._runtime_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._child = child = await Child.spawn(
-            [str(python), *self._program()],
+            [str(python), *trainer_program(self._workload, self._name, self._device, self._runtime_dir)],
             env=trainer_environment(os.environ, python, link_packages(self._runtime_dir / "python")),
             cwd=self._site.directory,
             log=self.log_path,
@@ -259,23 +259,6 @@ class Trainer:
             await self._fail(child, message, f"its trainer {self._workload.trainer} cannot be used")
         self._description = Description.from_json(message)
         return child
-
-    def _program(self) -> list[str]:
-        """The module that the interpreter is to run, with its arguments: the trainer, or what starts several."""
-        several = self._workload.distributed
-        if several is None or several.alone:
-            return python_command("fedclient.trainer.worker")
-        home = self._runtime_dir / f"ranks-{self._name}-{self._device.replace(':', '')}"
-        options = {
-            "processes": several.processes,
-            "strategy": several.strategy,
-            "device": self._device,
-            "nodes": several.nodes,
-            "rendezvous": several.rendezvous,
-            "stall-after": self._workload.stall_after,
-            "home": home,
-        }
-        return python_command("fedclient.trainer.launcher", [f"--{name}={value}" for name, value in options.items()])
 
     def _start(self) -> Start:
         return Start(
@@ -372,6 +355,34 @@ async def _beside(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     finally:
         task.cancel()
         await asyncio.wait([task])
+
+
+def trainer_program(
+    workload: WorkloadSettings, name: str, device: str, runtime_dir: Path, *, node: int = 0
+) -> list[str]:
+    """What a trainer's interpreter is to run, with its arguments: the trainer, or what starts several.
+
+    Args:
+        workload: what is trained.
+        name: what it is called.
+        device: where.
+        runtime_dir: as of `Trainer`.
+        node: this machine's number among `nodes`.
+    """
+    several = workload.distributed
+    if several is None or several.alone:
+        return python_command("fedclient.trainer.worker")
+    options = {
+        "processes": several.processes,
+        "strategy": several.strategy,
+        "device": device,
+        "nodes": several.nodes,
+        "node": node,
+        "rendezvous": several.rendezvous,
+        "stall-after": workload.stall_after,
+        "home": runtime_dir / f"ranks-{name}-{device.replace(':', '')}",
+    }
+    return python_command("fedclient.trainer.launcher", [f"--{key}={value}" for key, value in options.items()])
 
 
 def link_packages(directory: Path) -> Path:

@@ -129,6 +129,9 @@ class Worker:
         except BaseException as error:  # noqa: BLE001 - sys.exit() in user code is a failure like any other
             traceback.print_exc()
             failure = failure_of(error, self._context.step)
+            if self._team.lost(error):
+                text = f"rank {self._team.rank} of the trainer's processes lost another one, step {failure.step}"
+                failure = replace(failure, reason=FailReason.CRASHED, text=text)
         # What failed half-way may be in any state: the next job builds anew.
         self._close_checkpoints()
         self._drop_model()

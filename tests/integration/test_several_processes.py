@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
+import signal
+import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from fedclient.launch import FailReason, Trainer, TrainerFailed, Write
 from fedclient.settings import SiteSettings, load_site
-from tests.support.federation import until
+from tests.support.federation import program, until
 from tests.support.interrupted import ALWAYS
 from tests.support.tiny_models import reviews, save_bert, write_jsonl
-from tests.support.trainers import arrays, evaluate, init, make_site, make_trainer, train
+from tests.support.trainers import arrays, describe_model, evaluate, init, make_site, make_trainer, train
 
 TOLERANCE = 2e-5
 """Between updates of one and of several processes, for numbers of 0.01 to 1: sums of float32 in another order."""
+
+BLOCKS = 24
 
 
 @pytest.fixture(autouse=True)
@@ -169,6 +177,7 @@ async def test_a_process_that_is_killed_fails_the_job_and_another_number_goes_on
     [
         ("stop", FailReason.STALLED, "rank 1 of the trainer's processes made no progress for 30 s"),
         ("raise", FailReason.EXCEPTION, "LookupError, step 4"),
+        ("differ", FailReason.EXCEPTION, "RanksDifferError"),
     ],
 )
 async def test_a_process_that_hangs_or_raises_fails_the_job_by_name(
@@ -184,6 +193,61 @@ async def test_a_process_that_hangs_or_raises_fails_the_job_by_name(
         await train(trainer, model, tmp_path / "next")
     finally:
         await trainer.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+async def test_processes_of_two_nodes_train_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    one = make_trainer(text_site(tmp_path / "1", "processes = 1"))
+    nodes = f'processes = 1\nnodes = 2\nrendezvous = "127.0.0.1:{port}"'
+    first = make_trainer(text_site(tmp_path / "2", nodes))
+    command = [program("fedclient"), "join", "w", "--config", str(tmp_path / "2" / "site.toml"), "--node", "1"]
+    other = subprocess.Popen(command, start_new_session=True)
+    try:
+        model = await init(one, tmp_path / "model", seed=3)
+        wanted = await train(one, model, tmp_path / "one", settings=BUILT_IN)
+        for name in ("two", "again"):
+            found = await train(first, model, tmp_path / name, settings=BUILT_IN)
+            assert_close(arrays(*found.files), arrays(*wanted.files))
+            # Let go, they meet again.
+            await first._end()
+    finally:
+        os.killpg(other.pid, signal.SIGKILL)
+        other.wait()
+        await one.close()
+        await first.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+async def test_with_fsdp_no_process_ever_holds_the_whole_model(tmp_path: Path, strategy: str):
+    site = make_site(
+        tmp_path / "site", "blocks:Blocks", distributed={"processes": 2, "strategy": strategy}, stall_after=120.0
+    )
+    directory = tmp_path / "model"
+    directory.mkdir()
+    block = 4 * 2048 * 2048
+    for i in range(BLOCKS):
+        save_file({f"blocks.{i}.weight": torch.full((2048, 2048), 0.5)}, directory / f"{i}.safetensors")
+    describe_model(directory, [f"{i}.safetensors" for i in range(BLOCKS)])
+    trainer = make_trainer(site)
+    try:
+        result = await train(trainer, directory, tmp_path / "out")
+    finally:
+        await trainer.close()
+    moved = load_file(result.files[3])
+    assert all((tensor == 0.25).all() for tensor in moved.values())
+    # What the processes had before there was a model; and the most they had, with loading and, for the first, writing.
+    before, after = ([int(p.read_text()) for p in sorted(site.directory.glob(f"{n}-*"))] for n in ("before", "after"))
+    used = [result.memory_bytes - before[0], *(a - b for a, b in zip(after, before, strict=True))]
+    print(f"\n{strategy}: of {BLOCKS * block >> 20} MiB the processes held {[n >> 20 for n in used]} MiB at most")
+    # Its share, a file, and some room for windows.
+    bound = BLOCKS * block // 2 + block + (48 << 20)
+    assert all(n < bound for n in used) == (strategy == "fsdp")
 
 
 @pytest.mark.slow
