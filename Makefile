@@ -86,6 +86,9 @@ bench-round: $(STAMP) ## Time a round (MODEL=tiny|resnet18|gpt2|... CLIENTS=4 RO
 	@$(BIN)/python -m tests.bench.bench_round $(MODEL) $(CLIENTS) $(ROUNDS) --trainer $(TRAINER) $(if $(TLS),--tls) \
 		--dir $(DIR) $(if $(KEEP),--keep)
 
+bench-processes: $(STAMP) ## Throughput of two trainer processes against one, on this machine (a few minutes; PROCESSES=2)
+	@$(BIN)/python -m tests.bench.several $(if $(PROCESSES),--processes $(PROCESSES))
+
 check: $(STAMP) ## Lint, format, types, import rules, protocol, generated code (under a minute)
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/ruff check --quiet .
@@ -126,4 +129,4 @@ constraints: ## Pin what .venv holds now
 clean: ## Remove what the demo and the tools wrote, not .venv
 	@rm -rf .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
-.PHONY: help install demo demo-llm demo-classify demo-compose reproduce-heart reproduce-r8 test test-slow fault bench bench-smoke bench-round check check-protos protos generate baseline format constraints clean test-gpu test-demos
+.PHONY: help install demo demo-llm demo-classify demo-compose reproduce-heart reproduce-r8 test test-slow fault bench bench-smoke bench-round bench-processes check check-protos protos generate baseline format constraints clean test-gpu test-demos

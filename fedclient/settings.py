@@ -40,7 +40,7 @@ class DistributedSettings(Config):
     """A whole model in each process, or a share of it."""
     nodes: int = Field(1, ge=1, le=4096)
     """Machines; on the others `fedclient join` is to run."""
-    rendezvous: str = ""
+    rendezvous: str = Field("", pattern=r"^([A-Za-z0-9._-]+:\d{1,5})?$")
     """HOST:PORT of this machine, where the others find it."""
 
     @model_validator(mode="after")
@@ -194,6 +194,16 @@ class SiteSettings(Config):
     def _devices_differ(self) -> Self:
         if not self.devices or len(set(self.devices)) != len(self.devices):
             raise ValueError("devices: name at least one, each once")
+        return self
+
+    @model_validator(mode="after")
+    def _devices_of_several(self) -> Self:
+        several = [name for name, w in self.workload.items() if w.distributed and not w.distributed.alone]
+        if several and any(":" in device for device in self.devices):
+            raise ValueError(
+                f'devices: [workload.{several[0]}.distributed] gives each process a GPU of its own: say "auto", '
+                "and choose among GPUs by CUDA_VISIBLE_DEVICES"
+            )
         return self
 
     @property

@@ -20,7 +20,7 @@ from fedclient.launch import FailReason, Trainer, TrainerFailed, Write
 from fedclient.settings import SiteSettings, load_site
 from tests.support.federation import program, until
 from tests.support.interrupted import ALWAYS
-from tests.support.tiny_models import reviews, save_bert, write_jsonl
+from tests.support.tiny_models import reviews, save_bert, save_llama, write_jsonl
 from tests.support.trainers import arrays, describe_model, evaluate, init, make_site, make_trainer, train
 
 TOLERANCE = 2e-5
@@ -36,7 +36,7 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def user_site(directory: Path, processes: int, strategy: str = "ddp", **data: Any) -> SiteSettings:
     several = {"processes": processes, "strategy": strategy}
-    return make_site(directory, "pairs:Pairs", data=data, distributed=several, stall_after=data.pop("stall", 60.0))
+    return make_site(directory, "pairs:Pairs", data=data, distributed=several, stall_after=data.pop("stall", 120.0))
 
 
 async def trained(trainer: Trainer, model: Path, out: Path, **job: Any) -> dict[str, np.ndarray]:
@@ -51,7 +51,7 @@ def assert_close(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) ->
         np.testing.assert_allclose(found[name], array, rtol=0, atol=TOLERANCE, err_msg=name)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 async def test_two_processes_give_the_update_of_one_for_a_users_class(tmp_path: Path, strategy: str):
     one, two = make_trainer(user_site(tmp_path / "1", 1)), make_trainer(user_site(tmp_path / "2", 2, strategy))
@@ -97,7 +97,7 @@ def text_site(directory: Path, distributed: str, **config: Any) -> SiteSettings:
     return load_site(directory / "site.toml")
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 async def test_two_processes_give_the_update_of_one_for_a_built_in_workload(tmp_path: Path, strategy: str):
     one = make_trainer(text_site(tmp_path / "1", "processes = 1"))
@@ -121,6 +121,44 @@ async def test_two_processes_give_the_update_of_one_for_a_built_in_workload(tmp_
         await two.close()
 
 
+LLAMA = """
+name = "site-1"
+[workload.w]
+trainer = "causal_lm"
+model = "llama"
+data = { train = "train.jsonl", test = "train.jsonl", max_length = 16, prompts = ["the"], sample_tokens = 4 }
+precision = { autocast = "float32", gradient_checkpointing = true }
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("adapters", ["", "lora = { rank = 4, alpha = 8 }\n"], ids=["tied", "lora"])
+async def test_tied_weights_and_adapters_train_as_in_one_process(tmp_path: Path, strategy: str, adapters: str):
+    trainers = []
+    for processes in (1, 2):
+        directory = tmp_path / str(processes)
+        save_llama(directory / "llama")
+        write_jsonl(directory / "train.jsonl", reviews(13))
+        several = f'distributed = {{ processes = {processes}, strategy = "{strategy}" }}\n'
+        (directory / "site.toml").write_text(LLAMA + adapters + several)
+        trainers.append(make_trainer(load_site(directory / "site.toml")))
+    try:
+        model = await init(trainers[0], tmp_path / "model", seed=3)
+        # A rule whose steps are as large as the gradient: Adam's tell not zero from nearly zero.
+        settings = {"optimizer": "sgd", "learning_rate": 0.2, "batch_size": 3, "epochs": 2}
+        results = [await train(t, model, tmp_path / f"out-{i}", settings=settings) for i, t in enumerate(trainers)]
+        one, two = (arrays(*result.files) for result in results)
+        assert_close(two, one)
+        measured = [await evaluate(t, model, tmp_path / "e", settings={"samples": 1}) for t in trainers]
+        assert measured[1].metrics["loss"] == pytest.approx(measured[0].metrics["loss"], abs=1e-5)
+    finally:
+        for trainer in trainers:
+            await trainer.close()
+
+
 async def failed(trainer: Trainer, model: Path, out: Path, **job: Any) -> TrainerFailed:
     with pytest.raises(TrainerFailed) as caught:
         await train(trainer, model, out, **job)
@@ -135,7 +173,7 @@ def gone(marker: Path) -> bool:
         return True
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 async def test_a_process_that_is_killed_fails_the_job_and_another_number_goes_on(tmp_path: Path, strategy: str):
     checked = {"checkpoint_dir": tmp_path / "checkpoints", "checkpoint_every": ALWAYS, "seed": 5}
@@ -171,11 +209,11 @@ async def test_a_process_that_is_killed_fails_the_job_and_another_number_goes_on
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("trouble", "reason", "text"),
     [
-        ("stop", FailReason.STALLED, "rank 1 of the trainer's processes made no progress for 30 s"),
+        ("stop", FailReason.STALLED, "rank 1 of the trainer's processes made no progress for 60 s"),
         ("raise", FailReason.EXCEPTION, "LookupError, step 4"),
         ("differ", FailReason.EXCEPTION, "RanksDifferError"),
     ],
@@ -183,7 +221,7 @@ async def test_a_process_that_is_killed_fails_the_job_and_another_number_goes_on
 async def test_a_process_that_hangs_or_raises_fails_the_job_by_name(
     tmp_path: Path, trouble: str, reason: FailReason, text: str
 ):
-    trainer = make_trainer(user_site(tmp_path, 2, trouble=trouble, stall=30.0))
+    trainer = make_trainer(user_site(tmp_path, 2, trouble=trouble, stall=60.0))
     try:
         model = await init(trainer, tmp_path / "model")
         failure = await failed(trainer, model, tmp_path / "out")
@@ -196,7 +234,7 @@ async def test_a_process_that_hangs_or_raises_fails_the_job_by_name(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 async def test_processes_of_two_nodes_train_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -222,7 +260,7 @@ async def test_processes_of_two_nodes_train_together(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 async def test_with_fsdp_no_process_ever_holds_the_whole_model(tmp_path: Path, strategy: str):
     site = make_site(
@@ -245,13 +283,13 @@ async def test_with_fsdp_no_process_ever_holds_the_whole_model(tmp_path: Path, s
     before, after = ([int(p.read_text()) for p in sorted(site.directory.glob(f"{n}-*"))] for n in ("before", "after"))
     used = [result.memory_bytes - before[0], *(a - b for a, b in zip(after, before, strict=True))]
     print(f"\n{strategy}: of {BLOCKS * block >> 20} MiB the processes held {[n >> 20 for n in used]} MiB at most")
-    # Its share, a file, and some room for windows.
-    bound = BLOCKS * block // 2 + block + (48 << 20)
+    # Its share, a file, and some room for windows and for what torch loads late.
+    bound = BLOCKS * block // 2 + block + (80 << 20)
     assert all(n < bound for n in used) == (strategy == "fsdp")
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 async def test_cancelled_they_stop_and_stay_warm(tmp_path: Path):
     trainer = make_trainer(user_site(tmp_path, 2))
     try:

@@ -235,6 +235,8 @@ class FineTuning(Workload):
         kept = KeptOptimizer(self.site.kept, ctx) if settings.keep_optimizer and ctx.team.whole else None
         if kept:
             kept.load(optimizer)
+        elif settings.keep_optimizer:
+            ctx.note("the optimizer begins anew: it is not kept where each process has a share of the model")
         meter = Meter(ctx)
         ctx.keep(optimizer=optimizer, scaler=precision.scaler, totals=meter.totals)
         epoch = Steps(len(corpus), settings.batch_size, settings.accumulation, ctx.rng())
