@@ -7,6 +7,7 @@ first process tells the processes here what to do. They begin anew with it, for 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -42,6 +43,8 @@ def join(site: SiteSettings, workload: str, node: int) -> None:
     python = site.interpreter(workload)
     command = [str(python), *trainer_program(offer, workload, site.devices[0], home, node=node)]
     env = trainer_environment(os.environ, python, link_packages(home / "python"))
+    # An exception ends the processes here, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     while True:
         # It ends whenever a process of the training does, wherever that was.
         code = subprocess.run(command, cwd=site.directory, env=env, check=False).returncode  # noqa: S603 - our own

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
-import signal
 import socket
 import subprocess
 from pathlib import Path
@@ -243,7 +241,7 @@ async def test_processes_of_two_nodes_train_together(tmp_path: Path, monkeypatch
     nodes = f'processes = 1\nnodes = 2\nrendezvous = "127.0.0.1:{port}"'
     first = make_trainer(text_site(tmp_path / "2", nodes))
     command = [program("fedclient"), "join", "w", "--config", str(tmp_path / "2" / "site.toml"), "--node", "1"]
-    other = subprocess.Popen(command, start_new_session=True)
+    other = subprocess.Popen(command)
     try:
         model = await init(one, tmp_path / "model", seed=3)
         wanted = await train(one, model, tmp_path / "one", settings=BUILT_IN)
@@ -253,7 +251,7 @@ async def test_processes_of_two_nodes_train_together(tmp_path: Path, monkeypatch
             # Let go, they meet again.
             await first._end()
     finally:
-        os.killpg(other.pid, signal.SIGKILL)
+        other.terminate()
         other.wait()
         await one.close()
         await first.close()
@@ -286,6 +284,21 @@ async def test_with_fsdp_no_process_ever_holds_the_whole_model(tmp_path: Path, s
     # Its share, a file, and some room for windows and for what torch loads late.
     bound = BLOCKS * block // 2 + block + (80 << 20)
     assert all(n < bound for n in used) == (strategy == "fsdp")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+async def test_where_there_is_one_process_nothing_is_shared(tmp_path: Path):
+    site = make_site(tmp_path / "site", "pairs:Pairs", distributed={}, stall_after=120.0)
+    assert site.workload["w"].distributed is not None
+    assert site.workload["w"].distributed.processes == "auto"
+    trainer = make_trainer(site)
+    try:
+        model = await init(trainer, tmp_path / "model")
+        assert (await train(trainer, model, tmp_path / "out")).metrics["seen"] == 2 * 33
+        assert not (site.state_dir / "ranks-w-cpu").exists(), "nor started"
+    finally:
+        await trainer.close()
 
 
 @pytest.mark.slow
