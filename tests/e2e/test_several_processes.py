@@ -28,7 +28,7 @@ def test_a_run_is_that_of_one_process(federation: Federation, monkeypatch: pytes
     call("fedclient", "init-model", "work", "--config", str(one), "--seed", "1", "-o", str(init))
     federation.call("model", "import", str(init))
     site.start()
-    federation.create_run("two", workload="work", model="init", rounds=2, seed=4, min_clients=1)
+    federation.create_run("two", workload="work", model="init", rounds=2, seed=4, cohort={"min_clients": 1})
     # Each start of the trainer takes three imports of torch.
     until(lambda: (r := federation.run_state("two")) and r.version >= 2, "two rounds", seconds=400)
     found = federation.export("two@2")
