@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml deploy/constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(PIP) 'pip>=25.1'
 	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c deploy/constraints.txt "$$(grep '^torch==' deploy/constraints.txt)"
-	@$(PIP) -c deploy/constraints.txt -e '.[server,client,text,demo]' --group dev
+	@$(PIP) -c deploy/constraints.txt -e '.[server,client,text,hf,trl,lightning,demo]' --group dev
 	@touch $@
 
 demo: $(STAMP) ## Four hospitals train one model: server, four daemons, comparison, plot

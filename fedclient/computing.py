@@ -17,7 +17,7 @@ from structlog.typing import FilteringBoundLogger
 
 from fedclient.ahead import Ahead
 from fedclient.arrivals import Arrivals
-from fedclient.launch import Job, JobKind, Progress, Result, TrainerFailed, Write
+from fedclient.launch import FailReason, Job, JobKind, Progress, Result, TrainerFailed, Write
 from fedclient.policy import Terms
 from fedclient.session import BACKOFF
 from fedclient.spool import Order, refuses
@@ -28,6 +28,9 @@ from fedlink import log
 from fedlink.failpoints import reach
 from fedlink.manifest import Manifest
 from fedlink.tensors import Kind
+
+SEARCHES = 16
+"""Processes that one measurement may cost: the system may kill what takes too much memory."""
 
 
 class TrainerHandle(Protocol):
@@ -93,7 +96,7 @@ class Computation:
         files = update_files(manifest, order.update_dtype) if order.update else {}
         await tools.on_disk(tools.spool.prepare_update, order.token, files)
         job = Job(
-            kind=JobKind.TRAIN if order.update else JobKind.EVALUATE,
+            kind=JobKind(order.activity),
             settings=settings,
             seed=order.seed,
             client=tools.client,
@@ -109,6 +112,9 @@ class Computation:
             update_dtype=order.update_dtype or "F32",
             checkpoint_dir=tools.spool.checkpoint_dir(order) if order.update is Kind.DELTA else None,
             checkpoint_every=self._terms.settings.checkpoint_every,
+            asked=order.work.table,
+            share=self._terms.settings.share.table,
+            limits=self._terms.limits,
         )
         arrived = Arrivals()
         fetching = asyncio.create_task(self._fetch(manifest, model_dir, arrived))
@@ -129,6 +135,7 @@ class Computation:
             activity=order.activity,
             examples=result.num_examples,
             steps=result.steps,
+            **({"cut": result.cut} if result.cut else {}),
             seconds=since(self._began),
         )
         return result
@@ -147,10 +154,16 @@ class Computation:
         self._began = time.monotonic()
 
     async def _train(self, get_trainer: GetTrainer, job: Job, arrived: Arrivals, files: dict[str, int]) -> Result:
+        killed = 0
         while True:
             try:
                 return await self._attempt(await get_trainer(), job, arrived, files)
             except TrainerFailed as e:
+                if order_is_search(self._order, e) and killed < SEARCHES:
+                    # It knows what it was killed for, and goes on with less.
+                    killed += 1
+                    self._log.info("a search for what fits goes on in a new process", because=e.message)
+                    continue
                 if not e.no_room or not self._order.update or not await self._waited_for_room():
                     raise
 
@@ -194,6 +207,11 @@ class Computation:
         self._status.advance_in("computing", progress.step, progress.total)
         for name, value in self._terms.let_out(progress.metrics).items():
             self._status.points[name] = (value, progress.step)
+
+
+def order_is_search(order: Order, failure: TrainerFailed) -> bool:
+    """Whether a task only measures, and its process has ended for what it tried."""
+    return bool(order.calibrate) and failure.reason is FailReason.CRASHED
 
 
 def since(began: float) -> float:

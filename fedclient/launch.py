@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -52,6 +53,7 @@ __all__ = [
 _NO_ROOM = tuple(f"[Errno {number}]" for number in DISK_REFUSES)
 _PASSING = (FailReason.OUT_OF_MEMORY, FailReason.CRASHED, FailReason.STALLED)
 """What another attempt may be spared."""
+_QUOTES_NOTHING = frozenset({"CannotMeasureError", "DataError", "LimitUncountedError", "PretrainedError"})
 CANCEL_GRACE = 10.0
 """Seconds a job has to stop by itself when it is cancelled."""
 
@@ -95,6 +97,11 @@ class TrainerFailed(Exception):  # noqa: N818 - a verdict on the user's code, no
         self.retryable = retryable
         self.no_room = no_room
         self.output = output
+
+    @property
+    def own_words(self) -> str:
+        """What a built-in workload says of files and columns, quoting no value; else empty. It stays at the site."""
+        return self.output.partition("\n")[0] if self.exception_class in _QUOTES_NOTHING else ""
 
 
 class Trainer:
@@ -248,7 +255,7 @@ class Trainer:
         self._runtime_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._child = child = await Child.spawn(
             [str(python), *trainer_program(self._workload, self._name, self._device, self._runtime_dir)],
-            env=trainer_environment(os.environ, python, link_packages(self._runtime_dir / "python")),
+            env=self._environment(python),
             cwd=self._site.directory,
             log=self.log_path,
         )
@@ -257,8 +264,16 @@ class Trainer:
         if message["type"] != "ready":
             await self._end()
             await self._fail(child, message, f"its trainer {self._workload.trainer} cannot be used")
-        self._description = Description.from_json(message)
+        description = Description.from_json(message)
+        if self._workload.script and description.devices[0].name == _in_process(self._device) != self._device:
+            own = replace(description.devices[0], name=self._device)
+            description = replace(description, devices=(own, *description.devices[1:]))
+        self._description = description
         return child
+
+    def _environment(self, python: Path) -> dict[str, str]:
+        env = trainer_environment(os.environ, python, link_packages(self._runtime_dir / "python"))
+        return env | visible_devices(self._device, env) if self._workload.script else env
 
     def _start(self) -> Start:
         return Start(
@@ -267,7 +282,7 @@ class Trainer:
             site=self._site.name,
             directory=str(self._site.directory),
             data=self._workload.data,
-            device=self._device,
+            device=_in_process(self._device) if self._workload.script else self._device,
             options=self._workload.options,
             kept=str(self._runtime_dir / "kept" / self._name),
         )
@@ -399,6 +414,27 @@ def link_packages(directory: Path) -> Path:
             fresh.symlink_to(target, target_is_directory=True)
             fresh.replace(link)
     return directory
+
+
+def visible_devices(device: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """Variables by which a script sees no other device than its own, whatever it looks for; it is "cuda:0" there.
+
+    Args:
+        device: one of "cpu", "cuda:0", "mps" or "auto", which is the first.
+        environ: where the variable may be already: the devices are then numbered by it.
+    """
+    variable = "CUDA_VISIBLE_DEVICES"
+    if device in ("cpu", "mps"):
+        return {variable: ""}
+    number = int(device.partition(":")[2] or 0)
+    given = environ.get(variable)
+    names = [str(number)] if given is None else given.split(",")[number:]
+    return {variable: names[0] if names else ""}
+
+
+def _in_process(device: str) -> str:
+    """What a script that sees no other calls its device."""
+    return "cuda:0" if device.startswith("cuda") else device
 
 
 def trainer_environment(environ: Mapping[str, str], python: Path, packages: Path) -> dict[str, str]:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fedclient.launch import Description, Job, JobKind, Progress, Result, Trainer, TrainerFailed, Write
+from fedclient.computing import SEARCHES
+from fedclient.launch import Description, FailReason, Job, JobKind, Progress, Result, Trainer, TrainerFailed, Write
 from fedclient.local_files import (
     LocalModel,
     as_directory,
@@ -25,7 +26,7 @@ from fedclient.settings import SiteSettings
 from fedlink.companions import ADAPTER_WEIGHTS
 from fedlink.errors import FedlinkError, Reason
 from fedlink.run_file import WIRE_DTYPES, RunSpec
-from fedlink.settings_schema import check_settings
+from fedlink.settings_schema import check_settings, open_settings
 
 T = TypeVar("T")
 
@@ -58,6 +59,8 @@ class LocalRun:
     """The last version, if it was asked for."""
     best: int | None
     """The version with the best evaluation metric of the run file."""
+    measured: Mapping[str, float]
+    """What was measured for settings that the run file gives as "auto"."""
 
 
 async def train_local(
@@ -67,6 +70,7 @@ async def train_local(
     model: Path | None = None,
     output: Path | None = None,
     on_version: Callable[[LocalVersion], None] = lambda _: None,
+    on_found: Callable[[Mapping[str, float]], None] = lambda _: None,
 ) -> LocalRun:
     """Run a run file at this site alone: its rounds, one after the other, each beginning with the last one's weights.
 
@@ -80,6 +84,7 @@ async def train_local(
             own model at the run's seed.
         output: where to write the last version: one safetensors file, or a directory if files belong beside it.
         on_version: called with each version as it is there.
+        on_found: called with what was measured for settings that are "auto", if any are.
 
     Raises:
         FedlinkError: BAD_CONFIG: the site has no such workload, its class or the model cannot be used; BAD_RUN:
@@ -90,8 +95,11 @@ async def train_local(
         start = (
             model if model is not None else await _failures_named(_init(trainer, scratch / "init", spec.seed), trainer)
         )
-        run = _Run(site, spec, trainer, scratch)
         current = await asyncio.to_thread(import_model, start, scratch / "0")
+        found, spec = await _failures_named(_measured(site, spec, trainer, current), trainer)
+        if found:
+            on_found(found)
+        run = _Run(site, spec, trainer, scratch)
         versions = [await _failures_named(run.measured(current, 0, None), trainer)]
         on_version(versions[0])
         for number in range(1, spec.rounds + 1):
@@ -102,7 +110,7 @@ async def train_local(
                 break
         if output is not None:
             await asyncio.to_thread(export_model, current, output)
-    return LocalRun(spec.workload, site.name, len(versions) - 1, tuple(versions), output, _best(spec, versions))
+    return LocalRun(spec.workload, site.name, len(versions) - 1, tuple(versions), output, _best(spec, versions), found)
 
 
 async def init_model(
@@ -127,8 +135,14 @@ async def init_model(
     """
     async with _trainer(site, workload) as (trainer, scratch):
         given = await asyncio.to_thread(import_model, weights, scratch / "given") if weights else None
-        start = await _failures_named(_init(trainer, scratch / "init", seed, given), trainer)
-        if weights and start.is_dir():
+        try:
+            start = await _failures_named(_init(trainer, scratch / "init", seed, given), trainer)
+        except FedlinkError:
+            if weights:  # A rank that differs is said plainer by the two configurations than by a tensor's shape.
+                drawn = await _failures_named(_init(trainer, scratch / "drawn", seed), trainer)
+                check_same_adapter(weights, drawn, workload)
+            raise
+        if weights:
             check_same_adapter(weights, start, workload)
         await asyncio.to_thread(_move, start, output)
     return output
@@ -171,6 +185,7 @@ class _Run:
     async def _do(
         self, kind: JobKind, model: LocalModel, number: int, out: Path | None, write: Write, *, version: int
     ) -> Result:
+        terms = Terms.of(self._spec.workload, self._site.workload[self._spec.workload], await self._trainer.describe())
         job = Job(
             kind,
             settings=self._spec.settings,
@@ -185,8 +200,36 @@ class _Run:
             out_dir=out,
             write=write,
             update_dtype=WIRE_DTYPES[self._spec.update_dtype],
+            asked=self._spec.work.limits().table,
+            share=self._site.workload[self._spec.workload].share.table,
+            limits=terms.limits,
         )
         return await self._trainer.run(job, _unheard)
+
+    async def found(self, model: LocalModel) -> Mapping[str, float]:
+        """What is measured for the settings that are "auto"."""
+        for attempt in range(SEARCHES + 1):
+            try:
+                return (await self._do(JobKind.CALIBRATE, model, 0, None, Write.WEIGHTS, version=0)).found
+            except TrainerFailed as e:
+                if e.reason is not FailReason.CRASHED or attempt == SEARCHES:
+                    raise
+        raise AssertionError
+
+
+async def _measured(
+    site: SiteSettings, spec: RunSpec, trainer: Trainer, start: LocalModel
+) -> tuple[Mapping[str, float], RunSpec]:
+    """What this site measures for the settings that are "auto", and the run file with those numbers in it.
+
+    Its own, as of the batch, stay "auto": each training takes what is kept of them.
+    """
+    terms = Terms.of(spec.workload, site.workload[spec.workload], await trainer.describe())
+    if not open_settings(terms.schema, spec.settings):
+        return {}, spec
+    found = await _Run(site, spec, trainer, start.directory).found(start)
+    fixed = {name: value for name, value in found.items() if name not in spec.calibration.own}
+    return found, spec.model_copy(update={"settings": {**spec.settings, **fixed}})
 
 
 @asynccontextmanager
@@ -225,6 +268,8 @@ async def _failures_named(doing: Coroutine[Any, Any, T], trainer: Trainer) -> T:
     try:
         return await doing
     except TrainerFailed as e:
+        if e.own_words:
+            raise FedlinkError(Reason.FAILED, e.own_words) from None
         said = f" ({e.output.splitlines()[0]})" if e.output else ""
         raise FedlinkError(Reason.FAILED, f"{e.message}{said}; its output is in {trainer.log_path}") from None
 

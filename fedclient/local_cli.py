@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -42,7 +43,12 @@ def train_local(
         if not as_json:
             typer.echo(_line(version, spec.rounds))
 
-    run = asyncio.run(local.train_local(load_site(config), spec, model=model, output=output, on_version=show))
+    def found(values: Mapping[str, float]) -> None:
+        if not as_json:
+            typer.echo(f"measured {', '.join(f'{name} {value:g}' for name, value in sorted(values.items()))}")
+
+    running = local.train_local(load_site(config), spec, model=model, output=output, on_version=show, on_found=found)
+    run = asyncio.run(running)
     text = json.dumps(_record(run))
     typer.echo(text if as_json else f"result {text}")
 
@@ -71,8 +77,10 @@ def init_model(
 
 def _line(version: LocalVersion, rounds: int) -> str:
     parts = [f"version {version.version}/{rounds}"]
-    parts += [f"train {name} {value:.4f}" for name, value in sorted(version.train.items())]
-    parts += [f"{name} {value:.4f}" for name, value in sorted(version.evaluation.items())]
+    # What a site's data are like is the same in each round, and `fedclient doctor` prints it.
+    trained = {name: value for name, value in version.train.items() if not name.startswith("data.")}
+    parts += [f"train {name} {value:.5g}" for name, value in sorted(trained.items())]
+    parts += [f"{name} {value:.5g}" for name, value in sorted(version.evaluation.items())]
     return "  ".join(parts)
 
 

@@ -35,6 +35,7 @@ _WINDOW = 1 << 20
 _ADAPTER_CONFIG = "adapter_config.json"
 _COMPUTED_BY = ("peft_type", "r", "lora_alpha", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
 """Entries of adapter_config.json that decide what the weights mean."""
+_IN_SITE_TOML = {"r": "rank", "lora_alpha": "alpha"}
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def check_same_adapter(source: Path, built: Path, workload: str) -> None:
     except (OSError, ValueError, AttributeError) as e:
         raise FedlinkError(Reason.BAD_CONFIG, f"{theirs} cannot be read: {e}") from None
     if differs:
-        said = ", ".join(f"{key} {one.get(key)} instead of {other.get(key)}" for key in differs)
+        said = ", ".join(f"{_IN_SITE_TOML.get(key, key)} {one.get(key)} instead of {other.get(key)}" for key in differs)
         raise FedlinkError(
             Reason.BAD_CONFIG, f"the adapter in {source} has {said}: say the same in [workload.{workload}.lora]"
         )

@@ -18,7 +18,7 @@ from fedclient.session import Offer, TaskFailure
 from fedclient.settings import WorkloadSettings
 from fedclient.spool import Order
 from fedlink.errors import FedlinkError, Reason
-from fedlink.settings_schema import Schema, check_settings, narrow, parse_schema, parse_settings
+from fedlink.settings_schema import Schema, check_settings, narrow, open_settings, parse_schema, parse_settings
 from fedlink.tensors import UPDATE_DTYPES, Kind
 
 MAX_METRICS = 64
@@ -70,7 +70,7 @@ class Terms:
         """
         if not any(fnmatchcase(order.run, pattern) for pattern in self.settings.runs):
             raise Refused(f"this site does not let run {order.run} use workload {self.name}")
-        needed = {Kind.GRADIENT: "gradient", Kind.DELTA: "train"}.get(order.update or Kind.MODEL, "evaluate")
+        needed = "gradient" if order.update is Kind.GRADIENT else order.activity
         if needed not in self.abilities:
             raise Refused(f"workload {self.name} of this site cannot do {needed!r}")
         if order.update and order.update_dtype not in UPDATE_DTYPES:
@@ -80,9 +80,17 @@ class Terms:
         except FedlinkError as e:
             raise Refused(e.message) from None
         wrong = check_settings(self.schema, settings)
+        if not_open := sorted(set(order.calibrate) - set(open_settings(self.schema, settings))):
+            wrong.append(f"{', '.join(not_open)}: there is nothing to measure")
         if wrong:
             raise Refused(f"settings of workload {self.name}: {'; '.join(wrong)}"[:MAX_MESSAGE])
         return settings
+
+    @property
+    def limits(self) -> dict[str, tuple[float | None, float | None]]:
+        """Least and greatest value of each numeric setting that has one."""
+        bounded = {name: (known.minimum, known.maximum) for name, known in self.schema.properties.items()}
+        return {name: bounds for name, bounds in bounded.items() if bounds != (None, None)}
 
     def let_out(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Those metrics that may leave the site: allowed by name, finite, not too many."""

@@ -41,6 +41,7 @@ from fedlink.transfer import Retry
 from fedlink.v1 import coordination_service_pb2 as pb
 from fedlink.v1 import types_pb2 as types_pb
 from fedlink.v1.coordination_service_pb2_grpc import CoordinationServiceStub
+from fedlink.work import WorkLimits
 
 if TYPE_CHECKING:
     from grpc.aio import UnaryUnaryMultiCallable
@@ -260,6 +261,8 @@ class Session:
             steps=outcome.steps,
             metrics=outcome.metrics,
             compute_seconds=outcome.compute_seconds,
+            examples_seen=outcome.examples_seen,
+            cut=outcome.cut,
         )
         answer = await self._call(self._stub.CompleteTask, request)
         outcomes = pb.CompleteTaskResponse
@@ -412,7 +415,13 @@ def _order_from_pb(task: pb.Task) -> Order:
             "update": Kind(types_pb.Manifest.Kind.Name(task.train.update).removeprefix("KIND_").lower()),
             "update_dtype": types_pb.Dtype.Name(task.train.update_dtype).removeprefix("DTYPE_"),
             "max_update_bytes": task.train.max_update_bytes,
+            # What is 0 is not set.
+            "work": WorkLimits(**{field.name: value for field, value in task.train.limits.ListFields()}),
         }
+    elif task.WhichOneof("work") == "calibrate":
+        work = {"calibrate": tuple(task.calibrate.settings)}
+        if not work["calibrate"]:
+            raise FedlinkError(Reason.WRONG_RESULT, "the task asks for no setting")
     elif task.WhichOneof("work") is None:
         raise FedlinkError(Reason.WRONG_RESULT, "the task asks for something this client does not know; upgrade it")
     model = ref_from_pb(task.model)

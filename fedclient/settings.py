@@ -11,12 +11,13 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from fedclient.text_settings import LoraSettings, ParameterSettings, PrecisionSettings, check_data
-from fedclient.trainer.options import BUILT_IN
+from fedclient.trainer.options import BUILT_IN, SCRIPT_SUFFIX
 from fedlink.config import Bytes, Config, Name, Seconds, load_toml
 from fedlink.errors import FedlinkError, Reason
 from fedlink.route import Route, check_proxy, is_loopback, route_to
 from fedlink.tls import ClientTls
 from fedlink.transfer import STALL
+from fedlink.work import WorkLimits
 
 DEFAULT_SERVER = "127.0.0.1:8470"
 """Where `fedserver serve` listens by default."""
@@ -59,7 +60,10 @@ class WorkloadSettings(Config):
     """`[workload.NAME]`: one thing this site is ready to train."""
 
     trainer: str
-    """`module:Class`, looked up beside site.toml, then among the installed packages of `python`; or a built-in one."""
+    """`module:Class`, looked up beside site.toml, then among the installed packages of `python`; a built-in one; or a
+    script's path."""
+    args: tuple[str, ...] = ()
+    """A script's arguments."""
     model: str = ""
     """Directory of the pretrained model, in Hugging Face layout; for the built-in workloads."""
     trust_remote_code: bool = False
@@ -76,6 +80,8 @@ class WorkloadSettings(Config):
     """`[workload.NAME.precision]`: what is computed and held in which dtype."""
     distributed: DistributedSettings | None = None
     """`[workload.NAME.distributed]`: train with several processes."""
+    share: WorkLimits = WorkLimits()
+    """`[workload.NAME.share]`: what this site does in a round at most."""
     limits: Mapping[str, Limit] = Field(default_factory=dict)
     """`[workload.NAME.limits]`: bounds on numeric settings; a run beyond them is refused."""
     runs: tuple[str, ...] = ("*",)
@@ -94,9 +100,25 @@ class WorkloadSettings(Config):
     @field_validator("trainer")
     @classmethod
     def _class(cls, value: str) -> str:
-        if value not in BUILT_IN and not _CLASS.fullmatch(value):
-            raise ValueError(f"{value[:80]!r} is neither module:Class nor one of {', '.join(BUILT_IN)}")
+        if value not in BUILT_IN and not _CLASS.fullmatch(value) and not value.endswith(SCRIPT_SUFFIX):
+            raise ValueError(
+                f"{value[:80]!r} is neither module:Class nor one of {', '.join(BUILT_IN)}, nor a script's path with .py"
+            )
         return value
+
+    @model_validator(mode="after")
+    def _script(self) -> Self:
+        unread = {"model", "trust_remote_code", "data", "lora", "parameters", "precision"} & self.model_fields_set
+        if self.script and unread:
+            raise ValueError(f"a script does not read {min(unread)}: give it what it takes by args")
+        if self.args and not self.script:
+            raise ValueError("args are for a script: trainer names none")
+        if self.script and self.distributed and not self.distributed.alone:
+            raise ValueError(
+                "[distributed] is not for a script, which trains by itself in one process: say processes = 1, or make "
+                "a class of it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _built_in(self) -> Self:
@@ -119,9 +141,14 @@ class WorkloadSettings(Config):
         return self.trainer in BUILT_IN
 
     @property
+    def script(self) -> bool:
+        """Whether it is a script, and no class."""
+        return self.trainer.endswith(SCRIPT_SUFFIX)
+
+    @property
     def options(self) -> dict[str, Any]:
-        """What a class is told besides its data table: only what is set."""
-        names = {"model", "trust_remote_code", "lora", "parameters", "precision"}
+        """What a class, or a script, is told besides its data table: only what is set."""
+        names = {"args", "model", "trust_remote_code", "lora", "parameters", "precision"}
         return self.model_dump(mode="json", include=names, exclude_unset=True)
 
 

@@ -38,6 +38,7 @@ from fedlink.lock import holder, take
 from fedlink.recycle import Recycler
 from fedlink.run_file import MAX_JSON_BYTES
 from fedlink.tensors import Kind
+from fedlink.work import WorkLimits
 
 MAX_TOKEN_SIZE = 64
 """Bytes in the longest task token."""
@@ -76,6 +77,10 @@ class Order(_Kept):
     """What a training task sends: DELTA or GRADIENT. None: the task is an evaluation."""
     update_dtype: str = ""
     max_update_bytes: int = Field(0, ge=0)
+    work: WorkLimits = WorkLimits()
+    """What the run asks of this site."""
+    calibrate: tuple[str, ...] = Field((), max_length=64)
+    """The settings to measure; with some, the task is nothing else."""
 
     @property
     def model(self) -> BlobRef:
@@ -84,7 +89,9 @@ class Order(_Kept):
 
     @property
     def activity(self) -> str:
-        """What it is, in a word: train or evaluate."""
+        """What it is, in a word: train, evaluate or calibrate."""
+        if self.calibrate:
+            return "calibrate"
         return "evaluate" if self.update is None else "train"
 
     @property
@@ -96,6 +103,8 @@ class Order(_Kept):
     def _consistent(self) -> Self:
         if self.update is Kind.MODEL or (self.update is None) != (not self.update_dtype):
             raise ValueError("the task asks for an update that is none")
+        if self.calibrate and self.update is not None:
+            raise ValueError("the task asks for two things at once")
         return self
 
 
@@ -109,6 +118,10 @@ class Outcome(_Kept):
     compute_seconds: float = Field(ge=0)
     files: tuple[str, ...] = ()
     """Names of the update's shards in the task's `update` directory, in canonical order."""
+    examples_seen: int = Field(0, ge=0, le=1 << 53)
+    """Examples that its steps used; 0: not known."""
+    cut: str = Field("", max_length=32)
+    """Which limit ended it early."""
 
     @field_validator("files")
     @classmethod

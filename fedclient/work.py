@@ -290,6 +290,9 @@ class Work:
 
     def _outcome(self, result: Result) -> Outcome:
         assert self._terms is not None
+        if wanted := self.order.calibrate:
+            found = {name: float(value) for name, value in result.found.items() if name in wanted}
+            return Outcome(num_examples=0, steps=result.steps, metrics=found, compute_seconds=result.compute_seconds)
         for name in result.metrics:
             if not self._terms.allows_metric(name):
                 self._say_dropped(self.order.workload, name)
@@ -298,6 +301,8 @@ class Work:
             steps=result.steps,
             metrics=self._terms.let_out(result.metrics),
             compute_seconds=result.compute_seconds,
+            examples_seen=result.examples_seen,
+            cut=result.cut,
             files=tuple(f.name for f in result.files),
         )
 

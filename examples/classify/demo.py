@@ -197,8 +197,7 @@ def train_alone(sites: Sites, init: Path, steps: int) -> dict[str, Path]:
     """Train on the pooled texts and on each site's, in as many steps as each site had; returns the models."""
     run_file = write_run_file(sites.root, "alone", steps)
     jobs = [Alone(who, WORKLOAD, run_file, init, sites.root / "alone" / who) for who in (POOLED, *NAMES)]
-    with Console().status("for comparison: the pooled texts, and each site alone"):
-        sites.train_alone(jobs)
+    sites.train_alone(jobs)
     return {job.who: job.output for job in jobs}
 
 

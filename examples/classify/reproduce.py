@@ -33,8 +33,10 @@ NAMES = ("site-1", "site-2", "site-3", "site-4")
 SEEDS = (1, 2, 3)
 ALPHA = 0.5
 MAX_LENGTH = 48
-ROUNDS = 5
-STEPS = 15
+ROUNDS = 10
+STEPS = 8
+TESTED = 64
+"""Texts of each site on which the versions of a federated run are measured meanwhile."""
 TRAINED = {"train": ["bert.encoder.layer.[45].*", "bert.pooler.*", "classifier.*"]}
 """`[parameters]` of site.toml: the head and the last two of six layers."""
 RATE = {"upper": 5e-4, "full": 3e-4}
@@ -53,7 +55,7 @@ batch_size = 16
 learning_rate = {rate}
 warmup = 0.1
 eval_batch_size = 32
-eval_limit = 64
+eval_limit = {tested}
 
 [cohort]
 min_clients = {sites}
@@ -103,6 +105,7 @@ class Reproduction:
             rounds=ROUNDS,
             steps=steps,
             rate=rate,
+            tested=TESTED,
             sites=len(NAMES),
             evaluation=json.dumps(evaluation),
         )
@@ -115,7 +118,7 @@ class Reproduction:
         for seed in self.seeds:
             data.deal(self.sites.data, NAMES, alpha=ALPHA, seed=seed)
 
-    def federate(self, console: Console) -> None:
+    def federate(self) -> None:
         """Run FedAvg from every seed, and export what it gives."""
         with contextlib.ExitStack() as processes:
             self.sites.start(processes, NAMES, [self.workload(seed) for seed in self.seeds])
@@ -124,12 +127,12 @@ class Reproduction:
                 self.sites.init_model(site, name, self.init(seed), seed, quiet=True)
                 run_file = self.run_file(name, seed, STEPS, evaluation=True)
                 self.sites.operate(["run", "create", str(run_file)], quiet=True)
-                with console.status(f"seed {seed}: federated") as status:
-                    for evaluated in self.sites.evaluations(name):
-                        status.update(f"seed {seed}: federated, round {evaluated['version']} of {ROUNDS}")
+                for evaluated in self.sites.evaluations(name):
+                    accuracy = f"{evaluated['metrics']['accuracy']:.4f} on {TESTED} texts of each site"
+                    print(f"  round {evaluated['version']} of {ROUNDS}: accuracy {accuracy}", flush=True)
                 self.sites.operate(["model", "export", name, str(self.model(seed, "federated"))], quiet=True)
 
-    def train_alone(self, console: Console) -> None:
+    def train_alone(self) -> None:
         """Train on the pooled texts and on each site's, from every seed."""
         jobs = []
         for who in (POOLED, *NAMES):
@@ -138,15 +141,14 @@ class Reproduction:
             for seed in self.seeds:
                 run_file = self.run_file(f"{who}-{seed}", seed, steps)
                 jobs.append(Alone(who, self.workload(seed), run_file, self.init(seed), self.model(seed, who)))
-        with console.status("pooled texts, and each site alone"):
-            self.sites.train_alone(jobs)
+        self.sites.train_alone(jobs)
 
-    def scores(self, console: Console) -> dict[str, Accuracies]:
+    def scores(self) -> dict[str, Accuracies]:
         """Accuracy of every model on all texts to test on."""
         whose = [(who, seed) for who in ("federated", *NAMES, POOLED) for seed in self.seeds]
         models = [self.model(seed, who) for who, seed in whose]
-        with console.status(f"testing {len(models)} models on {data.COUNTS['test']} texts"):
-            found = scores.score(models, self.sites.data / "test.jsonl", MAX_LENGTH, CORES)
+        print(f"testing {len(models)} models on {data.COUNTS['test']} texts", flush=True)
+        found = scores.score(models, self.sites.data / "test.jsonl", MAX_LENGTH, CORES)
         accuracies = dict[str, Accuracies]()
         for (who, seed), score in zip(whose, found, strict=True):
             accuracies.setdefault(who, {})[seed] = score["accuracy"]
@@ -161,9 +163,9 @@ def main(root: Path, seeds: Sequence[int], *, full: bool) -> bool:
     started = time.monotonic()
     anchor = tf_idf(reproduction.sites.data)
     console.print(f"TF-IDF and a linear SVM on the pooled texts: accuracy {anchor:.4f}", highlight=False)
-    reproduction.federate(console)
-    reproduction.train_alone(console)
-    return report(console, reproduction.scores(console), anchor, time.monotonic() - started)
+    reproduction.federate()
+    reproduction.train_alone()
+    return report(console, reproduction.scores(), anchor, time.monotonic() - started)
 
 
 def tf_idf(directory: Path) -> float:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,14 +121,22 @@ class Sites(federation.Federation):
         self.operate(["model", "import", str(path)], quiet=quiet)
 
     def train_alone(self, jobs: Sequence[Alone]) -> None:
-        """Train without a server, as many jobs at a time as there are processors; the longest should come first."""
-        with ThreadPoolExecutor(min(CORES, len(jobs))) as pool:
-            for _ in pool.map(lambda job: self._train_alone(job, threads(min(CORES, len(jobs)))), jobs):
-                pass
+        """Train without a server, as many jobs at a time as there are processors; the longest should come first.
 
-    def _train_alone(self, job: Alone, environ: Mapping[str, str]) -> None:
+        A line is printed as each is over.
+        """
+        lanes = min(CORES, len(jobs))
+        print(f"\nfor comparison, {len(jobs)} trainings alone, {lanes} at a time", flush=True)
+        with ThreadPoolExecutor(lanes) as pool:
+            for future in as_completed([pool.submit(self._train_alone, job, threads(lanes)) for job in jobs]):
+                print(f"  {future.result()}", flush=True)
+
+    def _train_alone(self, job: Alone, environ: Mapping[str, str]) -> str:
+        began = time.monotonic()
         site = self.site(job.who, [job.workload], name=f"alone-{job.who}-{job.workload.name}")
-        federation.train_alone(site, job.run_file, job.init, environ, output=job.output)
+        versions = federation.train_alone(site, job.run_file, job.init, environ, output=job.output)
+        steps = sum(version["steps"] for version in versions)
+        return f"{job.who:<8} {job.workload.name:<8} {steps} steps, {time.monotonic() - began:.0f} s"
 
 
 def threads(processes: int) -> dict[str, str]:

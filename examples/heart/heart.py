@@ -15,9 +15,10 @@ site.toml names the data, as `data.py` prepares it:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,13 +26,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedclient.trainer import Bounds, Context, Workload
+from fedclient.trainer import Bounds, Context, Workload, find_learning_rate
 
 # Fourteen parameters: a second thread costs ten times the time that it could save.
 torch.set_num_threads(1)
 
 FEATURES = 13
 """Columns of a prepared file before the label."""
+FOLDS = 4
+"""Parts of the training rows: to find a rate, each is held out once."""
 
 
 class HeartDisease(Workload):
@@ -41,7 +44,7 @@ class HeartDisease(Workload):
     class Settings:
         """What a run may set."""
 
-        learning_rate: Annotated[float, Bounds(0, 10)] = 1e-2
+        learning_rate: Annotated[float, Bounds(0, 10)] | Literal["auto"] = 1e-2
         batch_size: Annotated[int, Bounds(1, 1024)] = 4
         steps: Annotated[int, Bounds(1, 100_000)] = 100
         optimizer: Literal["sgd", "adam"] = "sgd"
@@ -54,18 +57,36 @@ class HeartDisease(Workload):
         """Steps on batches drawn without replacement, over and over."""
         features, labels = self.train_set
         rate = ctx.settings.learning_rate
-        # torch.optim imports torch's compiler, which takes longer than all the steps here; only Adam is worth it.
-        adam = torch.optim.Adam(model.parameters(), lr=rate) if ctx.settings.optimizer == "adam" else None
+        adam = adam_of(model, ctx)
         if adam:
             ctx.keep(optimizer=adam)
         order = Shuffled(len(labels), ctx.settings.batch_size, ctx.generator())
         for batch in ctx.batches(order, steps=ctx.settings.steps):
-            model.zero_grad()
-            loss = loss_of(model, features[batch].to(ctx.device), labels[batch].to(ctx.device))
-            loss.backward()
-            adam.step() if adam else descend(model, rate)
-            ctx.log(loss=loss)
+            ctx.log(loss=step(model, adam, rate, features[batch].to(ctx.device), labels[batch].to(ctx.device)))
         ctx.num_examples = len(labels)
+
+    def calibrate(self, model: nn.Module, ctx: Context) -> dict[str, float]:
+        """The learning rate, for a run that gives it as "auto": each part of the rows is held out once."""
+        features, labels = (t.to(ctx.device) for t in self.train_set)
+        parts = torch.randperm(len(labels), generator=ctx.generator()).chunk(FOLDS)
+
+        def descend(rates: Sequence[float], fold: int) -> Iterator[torch.Tensor]:
+            rest = torch.cat([part for number, part in enumerate(parts) if number != fold])
+            order = Shuffled(len(rest), ctx.settings.batch_size, ctx.generator(fold + 1))
+            adam = adam_of(model, ctx)
+            for rate, batch in zip(rates, chain.from_iterable(repeat(order)), strict=False):
+                yield step(model, adam, rate, features[rest[batch]], labels[rest[batch]])
+
+        def held_out(fold: int) -> float:
+            with torch.no_grad():
+                return float(loss_of(model, features[parts[fold]], labels[parts[fold]]))
+
+        schedule = [1.0] * ctx.settings.steps
+        return {
+            "learning_rate": find_learning_rate(
+                model, ctx, descend=descend, held_out=held_out, schedule=schedule, folds=len(parts)
+            )
+        }
 
     def gradient(self, model: nn.Module, ctx: Context) -> None:
         """The gradient of the mean loss over every training row."""
@@ -133,11 +154,27 @@ def tensors(rows: Any, mean: Any, std: Any) -> tuple[torch.Tensor, torch.Tensor]
     return torch.from_numpy(features.astype(np.float32)), torch.from_numpy(rows[:, -1].astype(np.float32))
 
 
-def descend(model: nn.Module, rate: float) -> None:
-    """One step of plain gradient descent."""
+def adam_of(model: nn.Module, ctx: Context) -> torch.optim.Adam | None:
+    """The optimizer, if the run does not want plain gradient descent."""
+    # torch.optim imports torch's compiler, which takes longer than all the steps here; only Adam is worth it.
+    return torch.optim.Adam(model.parameters()) if ctx.settings.optimizer == "adam" else None
+
+
+def step(
+    model: nn.Module, adam: torch.optim.Adam | None, rate: float, features: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """One step of Adam or of plain gradient descent; returns the loss before it."""
+    model.zero_grad()
+    loss = loss_of(model, features, labels)
+    loss.backward()
+    if adam:
+        adam.param_groups[0]["lr"] = rate
+        adam.step()
+        return loss.detach()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(parameter.grad, alpha=-rate)
+    return loss.detach()
 
 
 def loss_of(model: nn.Module, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

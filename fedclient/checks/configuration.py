@@ -54,9 +54,16 @@ def _workload(visit: Examination, name: str) -> list[Finding]:
     if settings.model and not (model := visit.site.directory / settings.model).is_dir():
         advice = f"Put the model there, or correct model in [workload.{name}]."
         return [failed(f"workload {name}: there is no directory {model}", advice)]
-    if settings.built_in:
-        return []
-    trainer = settings.trainer
+    return [] if settings.built_in else _code(visit, name)
+
+
+def _code(visit: Examination, name: str) -> list[Finding]:
+    """The class's module, or the script."""
+    trainer = visit.site.workload[name].trainer
+    if visit.site.workload[name].script:
+        script = visit.site.directory / trainer
+        advice = f"Put the script there, or correct trainer in [workload.{name}]."
+        return [] if script.is_file() else [failed(f"workload {name}: there is no script {script}", advice)]
     module = trainer.partition(":")[0].partition(".")[0]
     beside = visit.site.directory / module
     if beside.is_dir() or beside.with_suffix(".py").is_file():

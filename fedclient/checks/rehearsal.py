@@ -19,8 +19,6 @@ from fedclient.text_settings import data_files
 
 EVALUATION_SECONDS = 120.0
 """How long an evaluation may take to say how many examples there are."""
-OWN_WORDS = frozenset({"DataError", "PretrainedError"})
-"""Exceptions of the built-in workloads: their words name files, rows and columns, and quote no value."""
 
 _RUN = "doctor"
 
@@ -108,6 +106,7 @@ async def _step(visit: Examination, name: str) -> Finding:
             out_dir=out,
             write=Write.DELTA if "train" in abilities else Write.GRADIENT,
             max_steps=1,
+            share=visit.site.workload[name].share.table,
         )
         result = await visit.trainer(name).run(job, _unheard)
     except TrainerFailed as e:
@@ -135,8 +134,8 @@ def _broken(visit: Examination, name: str, error: TrainerFailed) -> Finding:
     if error.reason is FailReason.OUT_OF_MEMORY:
         running = "; the running daemon's trainer holds some, too" if in_use(visit.site.state_dir) else ""
         return failed(error.message, f"Use a smaller batch or model, or a device with more memory{running}.")
-    if error.exception_class in OWN_WORDS:
-        return failed(f"{error.message}: {error.output.partition(chr(10))[0]}", "Correct that, or site.toml.")
+    if error.own_words:
+        return failed(f"{name}: {error.own_words}", "Correct that, or site.toml.")
     # The exception's own words may quote data: they stay in the log.
     return failed(error.message, f"Its own words and the traceback are in {visit.trainer(name).log_path}.")
 

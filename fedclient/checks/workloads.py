@@ -14,8 +14,8 @@ from fedlink.errors import FedlinkError
 
 _ABOUT_CODE = frozenset(
     ("AttributeError", "ImportError", "IndentationError", "ModuleNotFoundError", "NameError", "SyntaxError")
-) | {"WorkloadError", "SettingsError", "PretrainedError"}
-"""Exceptions whose message is about a module or a model; others may quote data."""
+) | {"WorkloadError", "ScriptError", "SettingsError"}
+"""Exceptions whose message is about a module; others may quote data."""
 _NVIDIA = Path("/dev/nvidia0")
 
 
@@ -54,6 +54,8 @@ async def _described(visit: Examination, name: str) -> Finding:
     except FedlinkError as e:
         return failed(e.message, f"Correct [workload.{name}] in site.toml.")
     except TrainerFailed as e:
+        if e.own_words:
+            return failed(f"{name}: {e.own_words}", f"Correct that, or [workload.{name}] in site.toml.")
         said = e.output.strip().partition("\n")[0] if e.exception_class in _ABOUT_CODE else ""
         python = visit.site.interpreter(name)
         return failed(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import operator
+import queue
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import numpy as np
 from fedclient.trainer.checkpoint import Checkpoints
 from fedclient.trainer.course import Course
 from fedclient.trainer.loop import Loop
+from fedclient.trainer.share import Share
 from fedclient.trainer.team import Team
 from fedclient.trainer.wire import JobKind, Progress
 from fedlink.failpoints import reach
@@ -23,6 +25,8 @@ from fedlink.failpoints import reach
 if TYPE_CHECKING:
     import torch
 
+AUTO = "auto"
+"""What a run gives for a setting that the site is to measure: see `Workload.calibrate`."""
 MAX_METRICS = 64
 """Different metrics one job may log."""
 REPORT_EVERY = 0.25
@@ -82,15 +86,26 @@ class Workload:
 
         Fields are int, float, bool, str, `Literal[...]`, or `list[...]` or `tuple[..., ...]` of these;
         numbers take limits by `Annotated[float, Bounds(0, 1)]`. A field without a default must be set by the run.
+        A number that the class can measure is `float | Literal["auto"]`: see `calibrate`.
         """
 
-    abilities: ClassVar[tuple[str, ...]] = ("train", "gradient", "evaluate")
+    abilities: ClassVar[tuple[str, ...]] = ("train", "gradient", "evaluate", "calibrate")
     """What a class may be able to do; it can do what it overrides."""
+    reuses_model: ClassVar[bool] = True
+    """Whether a built model is good for several jobs; if not, it is built anew for each."""
+    main_thread: queue.SimpleQueue[Callable[[], None]] | None = None
+    """Calls that are to be made on the process's main thread; if it is set, the jobs are done on another one."""
     frozen_base: bool = False
     """Parameters that require no gradient are the site's own base: not part of the run's model, only their digests."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
+
+    def begin_job(self, ctx: Context) -> None:
+        """Called before each job that needs the model, before `build_model`; `ctx.device` is not known yet."""
+
+    def end_job(self, *, failed: bool) -> None:
+        """Called when such a job is over: what it raises then fails a job that had not failed."""
 
     def build_model(self) -> Any:
         """Build the model: a `torch.nn.Module` on the CPU, or a dict of numpy arrays by name.
@@ -132,6 +147,15 @@ class Workload:
         """Measure the model on held-out examples, and set `ctx.num_examples`; torch tracks no gradients meanwhile."""
         raise NotImplementedError
 
+    def calibrate(self, model: Any, ctx: Context) -> Mapping[str, float]:
+        """Measure what the settings should be that are "auto" in `ctx.settings`: a number for each, by name.
+
+        The model has the run's starting weights; it is built anew afterwards. What is found is kept at the site, so
+        that this is called once for each starting model and kind of run, and told to the server. `train` and `gradient`
+        see the numbers; `evaluate` may still see "auto".
+        """
+        raise NotImplementedError
+
 
 class Context:
     """What a job is, and how to report on it.
@@ -145,7 +169,8 @@ class Context:
         round: number of the round, from 1; for an evaluation, of the version.
         rounds: rounds of the whole run, as the server knows it now; 0 if unknown.
         version: version of the run's model that was loaded.
-        num_examples: examples used; set it before you return. With several processes, those of the whole site.
+        limits: the bounds of each numeric setting at this site, where there are any: the class's and the owner's.
+        measured: names of the settings that the run gave as "auto", and that are numbers now.
         team: the processes that train together.
     """
 
@@ -161,6 +186,8 @@ class Context:
         rounds: int = 0,
         version: int = 0,
         max_steps: int = 0,
+        limits: Mapping[str, Bounds] | None = None,
+        measured: frozenset[str] = frozenset(),
         report: Callable[[Progress], None] = lambda _: None,
         cancelled: Callable[[], bool] = lambda: False,
         team: Team | None = None,
@@ -174,7 +201,13 @@ class Context:
         self.round = round
         self.rounds = rounds
         self.version = version
-        self.num_examples: int | None = None
+        self._num_examples: int | None = None
+        self._counted = False
+        self._share = Share()
+        self._in_parts = False
+        self._saw: int | None = None
+        self.limits = limits or {}
+        self.measured = measured
         self._max_steps = max_steps
         self._report = report
         self._cancelled = cancelled
@@ -201,11 +234,15 @@ class Context:
             if loop is None:
                 return
             self._total += n
+            self._share.plan(n, None, self._course.around)
             self._course.begin_steps(loop)
             for i in range(loop.step, n):
                 loop.step = i
+                if self._over(loop):
+                    break
                 self._turn(loop)
                 reach("trainer.step")
+                self._in_parts = False
                 yield i
                 self._step += 1
         self.alive()
@@ -235,8 +272,11 @@ class Context:
             if loop is None:
                 return
             self._total += size or 0
+            self._share.plan(size, length, self._course.around)
             for batch in self._epochs(loop, data, None if steps is not None else epochs, limit):
                 reach("trainer.step")
+                self._share.hand_out(batch)
+                self._in_parts = split and self.world_size > 1
                 yield self.share(batch) if split else batch
                 self._step += 1
         self.alive()
@@ -266,6 +306,24 @@ class Context:
         """How many processes train together."""
         return self.team.world_size
 
+    def count_step(self, total: int = 0) -> bool:
+        """Say that a step is over of a loop that is none over `steps` or `batches`; whether another may follow.
+
+        Args:
+            total: steps of the whole job, if that is known.
+
+        Raises:
+            CancelledJob: the job is to end.
+        """
+        reach("trainer.step")
+        if not self._step and total:
+            self._share.plan(total, None, ())
+        self._step, self._total = self._step + 1, total
+        self.alive()
+        if self._max_steps and self._step >= self._max_steps:
+            return False
+        return self._step == total or not self._share.over(self._step, self.seconds)
+
     def keep(self, **things: Any) -> None:
         """Name what checkpoints hold besides the model: call it before the loop over `steps` or `batches`.
 
@@ -278,6 +336,25 @@ class Context:
         """
         for name, thing in things.items():
             self._course.keep(name, thing)
+
+    def saw(self, examples: int) -> None:
+        """Say how many examples a pass uses, where that is not the length of its batch's first tensor.
+
+        Needed in loops over `steps` for a limit on `examples`, and to show examples a second. Of several processes each
+        says it of the part that `batches` gave it; where a batch is not split, they all say it of the whole.
+        """
+        if not self._in_parts:
+            self._share.saw(examples)
+            return
+        # What counts for nothing is an example of another's part. The sum is known when all agree.
+        self._saw = (self._saw or 0) + (examples if self.team.weight else 0)
+
+    def agree(self) -> None:
+        """Where several processes train, wait for all and take up what the first one knows, as each step does."""
+        saw = self.team.agree(self._step, time.monotonic() - self._began, self._saw)
+        self._saw = None
+        if saw is not None:
+            self._share.saw(saw)
 
     def log(self, **metrics: Any) -> None:
         """Keep the last value of each metric: numbers, or tensors of one element, which are read only when reported.
@@ -310,6 +387,61 @@ class Context:
         return self._step
 
     @property
+    def num_examples(self) -> int | None:
+        """Examples used, the weight of the result; set it before you return.
+
+        If the training is cut short of what the run asks for, the weight is reduced by itself, unless this was set
+        inside of the loop: then it counts as what was really used. With several processes it is of the whole site.
+        """
+        return self._num_examples
+
+    @num_examples.setter
+    def num_examples(self, value: int | None) -> None:
+        self._num_examples = value
+        self._counted = self._counted or bool(self._course.depth)
+
+    @property
+    def examples_seen(self) -> int:
+        """Examples that the loops have handed out so far, or that `saw` named; 0 if that is not known."""
+        return self._share.examples
+
+    @property
+    def cut(self) -> str:
+        """Which limit has ended the training before its loops were over, as "site max_seconds"; empty: none."""
+        return self._share.cut
+
+    @property
+    def seconds(self) -> float:
+        """How long the training has taken so far, with what it took before an interruption.
+
+        Of several processes, the first one's when the step began, so that all decide alike by it.
+        """
+        return self.earlier_seconds + self.team.clock(time.monotonic() - self._began)
+
+    def expected_steps(self, steps: int, *, epoch: int = 0, examples: int = 0) -> int:
+        """How many of `steps` the job's limits leave: for a schedule over the whole run, with `place`.
+
+        Args:
+            steps: what the class would do.
+            epoch: steps in a pass over the data.
+            examples: in a step.
+        """
+        share = self._share
+        limits = [steps, share.tightest("steps")]
+        if epoch and (epochs := share.tightest("epochs")) is not None:
+            limits.append(epochs * epoch)
+        if examples and (most := share.tightest("examples")) is not None:
+            limits.append(math.ceil(most / examples))
+        return min(n for n in limits if n is not None)
+
+    def place(self, steps: int) -> int:
+        """Where in `steps` the job is: at its step, or further on where its time will be over before them."""
+        budget = self._share.max_seconds
+        if budget is None:
+            return self._step
+        return max(self._step, min(int(steps * self.seconds / budget), steps - 1))
+
+    @property
     def metrics(self) -> dict[str, float]:
         """The last finite value of each metric logged."""
         values = {name: float(value) for name, value in self._metrics.items()}
@@ -326,7 +458,9 @@ class Context:
         now = time.monotonic()
         if now - self._reported >= REPORT_EVERY:
             self._reported = now
-            self._report(Progress(self._step, self._total, self.metrics))
+            limit = self._share.tightest("steps")
+            total = self._total if limit is None else min(self._total, limit)
+            self._report(Progress(self._step, total, self.metrics))
 
     @property
     def resuming(self) -> bool:
@@ -347,51 +481,75 @@ class Context:
         self._course = Course(self, checkpoints)
         self._began = time.monotonic()
 
+    def begin(self, share: Share) -> None:
+        """The training begins now, under these limits."""
+        self._share = share
+        self._began = time.monotonic()
+
     def take_counts(self) -> dict[str, Any]:
         """What a checkpoint holds of this object."""
         return {
             "step": self._step,
             "total": self._total,
             "metrics": {name: float(value) for name, value in self._metrics.items()},
-            "examples": self.num_examples,
-            "seconds": self.earlier_seconds + time.monotonic() - self._began,
+            "examples": self._num_examples,
+            "counted": self._counted,
+            "share": self._share.take(),
+            "seconds": self.seconds,
         }
 
     def give_counts(self, counts: Mapping[str, Any]) -> None:
         """Go on from what `take_counts` gave."""
         self._step, self._total, self._metrics = counts["step"], counts["total"], dict(counts["metrics"])
-        self.num_examples = counts["examples"]
+        self._num_examples = counts["examples"]
+        # An older release has not written the next two, and knew no limits.
+        self._counted = counts.get("counted", False)
+        self._share.give(counts.get("share") or self._share.take())
+        # What it has taken since it began is counted from here on.
         self.earlier_seconds = counts["seconds"]
         self._resumed_at = self._step
         self.note("resumed from a local checkpoint")
 
     def counted(self) -> int:
-        """`num_examples`, checked.
+        """`num_examples`, checked, and reduced if the training was cut short.
 
         Raises:
-            ValueError: the workload has not set it, or set something else than a count.
+            ValueError: the workload has not set it, or set something else than a count; a limit could not be kept.
         """
-        if self.num_examples is None:
+        if self._num_examples is None:
             raise ValueError("ctx.num_examples was not set: it weighs this site's result")
-        count = operator.index(self.num_examples)
+        count = operator.index(self._num_examples)
         if not 0 <= count <= 1 << 53:
             raise ValueError(f"ctx.num_examples is {count}: not a count")
-        return count
+        if self._step:
+            self._share.check()
+        return self._share.weight(count, self._step, counted=self._counted)
+
+    def _over(self, loop: Loop) -> bool:
+        self.agree()
+        # Each loop makes a pass, also one that is gone on with: one that came to nothing would leave names unset that
+        # the code after it uses.
+        if not loop.step or self.unproven:
+            return False
+        return loop.step != loop.size and self._share.over(self._step, self.seconds)
 
     def _turn(self, loop: Loop) -> None:
-        self.team.agree()
         self.alive()
         self._course.turn(loop)
 
     def _epochs(self, loop: Loop, data: Iterable[Any], epochs: int | None, limit: int | None) -> Iterator[Any]:
-        while (epochs is None or loop.epoch < epochs) and (limit is None or loop.step < limit):
+        def goes_on() -> bool:
+            return (limit is None or loop.step < limit) and not self._over(loop)
+
+        while (epochs is None or loop.epoch < epochs) and goes_on():
             self.team.same_random(self.device)
             batches = self._course.begin_epoch(loop, data)
-            while limit is None or loop.step < limit:
+            while goes_on():
                 self._turn(loop)
                 try:
                     batch = next(batches)
                 except StopIteration:
+                    self._share.epochs += 1
                     break
                 yield batch
                 loop.step, loop.batch = loop.step + 1, loop.batch + 1
@@ -401,6 +559,17 @@ class Context:
 
     def _fresh_rng(self, stream: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, stream])
+
+
+def measured(value: float | str) -> float:
+    """The value of a setting that may be "auto", where it has been measured.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if isinstance(value, str):
+        raise ValueError(f"a setting is {value!r}: it has to be measured first, or given as a number")  # noqa: TRY004
+    return value
 
 
 def derive_seed(seed: int, client: str, round_: int, kind: JobKind = JobKind.TRAIN) -> int:

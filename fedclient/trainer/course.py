@@ -66,6 +66,16 @@ class Course:
         """Whether the job has not yet come to the place where its checkpoint was taken."""
         return bool(self._ahead)
 
+    @property
+    def depth(self) -> int:
+        """How many loops are under way, one in another."""
+        return len(self._loops) - 1
+
+    @property
+    def around(self) -> list[tuple[int, int | None]]:
+        """Of the loops around the one that begins: the pass under way, and the passes in all if that is known."""
+        return [(outer.step, outer.size) for outer in self._loops[1:-1]]
+
     def keep(self, name: str, thing: Any) -> None:
         """Hold a thing in checkpoints from now on, until the pass of the loop under way is over.
 

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import resource
 import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+_SHARE = 0.9
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_LARGE = 1 << 20
+_FIRST_TO_GO = "1000"
 
 
 def peak_device_memory() -> int:
@@ -20,4 +30,63 @@ def is_out_of_memory(error: BaseException) -> bool:
     if any(c.__name__ == "OutOfMemoryError" and c.__module__.startswith("torch") for c in type(error).__mro__):
         return True
     text = str(error)
-    return isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in text or "MPS backend out of memory" in text)
+    return isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS)
+
+
+_SIGNS = ("DefaultCPUAllocator", "MPS backend out of memory", "could not create a memory object", "std::bad_alloc")
+
+
+@contextlib.contextmanager
+def within_free_memory(device: str, *, among: int = 1, ready: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Have allocations on a CPU fail beyond nine tenths of the memory that is free, instead of the system killing.
+
+    Of Linux; elsewhere, and for accelerators, whose allocations fail by themselves, nothing is done. What limits the
+    process already stays in force. It also becomes the first that the system kills for want of memory.
+
+    Args:
+        device: where tensors lie.
+        among: how many processes share what is free.
+        ready: called when this one has seen how much that is.
+    """
+    free = _free_memory() if device == "cpu" else None
+    ready()
+    if free is None:
+        yield
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(_FIRST_TO_GO, encoding="ascii")
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    allowed = pages * resource.getpagesize() + int(free * _SHARE / among)
+    if soft != resource.RLIM_INFINITY:
+        allowed = min(allowed, soft)
+    resource.setrlimit(resource.RLIMIT_AS, (allowed, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def keep_whole() -> None:
+    """Have large blocks go back to the system as soon as they are freed, where the C library can be told to.
+
+    Else it keeps them for smaller ones, and what fits depends on what was there before. It costs some time.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(_MMAP_THRESHOLD, _LARGE)
+        library.mallopt(_TRIM_THRESHOLD, _LARGE)
+        library.malloc_trim(0)
+
+
+def _free_memory() -> int | None:
+    """Bytes that may still be taken: of the machine, and of the control group; None where that cannot be known."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+        with contextlib.suppress(OSError, ValueError):
+            group = Path("/sys/fs/cgroup")
+            limit, used = ((group / name).read_text(encoding="ascii") for name in ("memory.max", "memory.current"))
+            free = min(free, int(limit) - int(used))
+        return max(free, 0)
+    return None

@@ -15,6 +15,9 @@ BUILT_IN: Mapping[str, str] = {
 }
 """Workloads that need no code: what `trainer` of site.toml says, and the class that it means."""
 
+SCRIPT_SUFFIX = ".py"
+"""How `trainer` of site.toml ends where it names a script."""
+
 Files = str | tuple[str, ...]
 """One file, or several; relative to site.toml."""
 Truncation = Literal["right", "left"]

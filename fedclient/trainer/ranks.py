@@ -55,7 +55,9 @@ class Ranks(Team):
         self._launcher = launcher
         self._local_rank = local_rank
         self._pipe: TeamPipe | None = None
-        self._meetings = self._turns = 0
+        self.beside = int(os.environ["LOCAL_WORLD_SIZE"])
+        self._meetings = self._step = 0
+        self._seconds = 0.0
         self._group = dist.new_group(backend="gloo", timeout=_FOREVER)
 
     def told(self, table: Any = None) -> Any:
@@ -84,22 +86,42 @@ class Ranks(Team):
         """See `Team`."""
         return bool(self.told(mine)) if not self.whole else mine
 
-    def agree(self) -> None:
-        """See `Team`: whether the job is cancelled."""
-        self._turns += 1
+    def agree(self, step: int, seconds: float, saw: int | None = None) -> int | None:
+        """See `Team`: whether the job is cancelled, and what time it is."""
+        self._step = step
         self.weight = 1 / self.world_size
         self.meet()
+        cancelled = self._pipe is not None and self._pipe.heard
+        # Of the first two the others add nothing.
+        said = [cancelled, seconds if self.rank == 0 else 0.0, saw is not None, saw or 0]
+        words = torch.tensor(said, dtype=torch.float64)
+        dist.all_reduce(words, group=self._group)
+        over, self._seconds, counted, examples = words.tolist()
         if self._pipe is not None:
-            self._pipe.agree()
+            self._pipe.agree(cancelled=bool(over))
+        return int(examples) if counted else None
+
+    def clock(self, seconds: float) -> float:  # noqa: ARG002 - its own would be another one
+        """See `Team`."""
+        return self._seconds
+
+    def first(self, mine: float) -> float:
+        """See `Team`."""
+        self.meet()
+        # Of what is not finite nothing finite is left.
+        found = torch.tensor([mine if self.rank == 0 else mine * 0], dtype=torch.float64)
+        dist.all_reduce(found, group=self._group)
+        return float(found)
 
     def meet(self) -> None:
         """Say to the launcher that this rank waits for the others: who has not come yet may hang."""
         self._meetings += 1
-        self._say({"type": "at", "meeting": self._meetings, "step": max(0, self._turns - 1)})
+        self._say({"type": "at", "meeting": self._meetings, "step": self._step})
 
     def idle(self) -> None:
         """A job is over: waiting for the next one is no hang."""
-        self._meetings = self._turns = 0
+        self._meetings = self._step = 0
+        self._seconds = 0.0
         self._say({"type": "idle"})
 
     def share(self, batch: Any) -> Share:
@@ -219,13 +241,18 @@ class TeamPipe:
         )
         return name
 
-    def agree(self) -> None:
-        """Let all ranks know whether the job is cancelled."""
-        self._cancelled = self._ranks.told(self._pipe.cancelled() if self._pipe else None)
+    @property
+    def heard(self) -> bool:
+        """Whether this very process was told that the job is cancelled."""
+        return self._pipe is not None and self._pipe.cancelled()
+
+    def agree(self, *, cancelled: bool) -> None:
+        """Take up whether the job is cancelled, as all ranks know it now."""
+        self._cancelled = cancelled
 
     def cancelled(self) -> bool:
         """Whether the job was cancelled when that was last agreed on."""
-        return self._pipe.cancelled() if self._pipe and self.alone else self._cancelled
+        return self.heard if self.alone else self._cancelled
 
     def send(self, kind: str, table: Mapping[str, Any]) -> None:
         """See `Pipe`; a failure is the launcher's to tell."""

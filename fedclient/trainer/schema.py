@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from fedclient.trainer.api import Bounds
+from fedclient.trainer.api import AUTO, Bounds
 
 _TYPES: Mapping[type, str] = {bool: "boolean", int: "integer", float: "number", str: "string"}
 
@@ -54,6 +55,30 @@ def parse_settings(settings: type, table: Mapping[str, Any]) -> Any:
     return settings(**{name: _parse(name, hints[name], value) for name, value in table.items()})
 
 
+def left_open(schema: Mapping[str, Any], table: Mapping[str, Any] | None) -> list[str]:
+    """Names of the settings that are "auto", by what a run says or by default; of those that may be, for None."""
+    properties: Mapping[str, Mapping[str, Any]] = schema["properties"]
+    may = [name for name, known in properties.items() if known.get("auto")]
+    return may if table is None else [n for n in may if table.get(n, properties[n].get("default")) == AUTO]
+
+
+def check_found(
+    schema: Mapping[str, Any], names: Sequence[str], given: Mapping[str, float], limits: Mapping[str, Bounds]
+) -> dict[str, float]:
+    """What `Workload.calibrate` gave for these settings, as numbers of their types.
+
+    Raises:
+        SettingsError: one is missing, of another type or beyond its limits.
+    """
+    found: dict[str, float] = {}
+    for name in names:
+        if name not in given:
+            raise SettingsError(f"{name}: calibrate gave nothing for it")
+        kind = int if schema["properties"][name]["type"] == "integer" else float
+        found[name] = _bounded(name, limits.get(name, Bounds()), _scalar(name, kind, given[name]))
+    return found
+
+
 def _default(field: dataclasses.Field[Any]) -> Any:
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
@@ -61,6 +86,8 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _describe(name: str, hint: Any) -> dict[str, Any]:
+    if (number := _measured(hint)) is not None:
+        return _describe(name, number) | {"auto": True}
     kind, bounds = _split(hint)
     if kind in _TYPES:
         described: dict[str, Any] = {"type": _TYPES[kind]}
@@ -80,11 +107,14 @@ def _describe(name: str, hint: Any) -> dict[str, Any]:
         if described["type"] != "array":
             return {"type": "array", "items": described}
     raise SettingsError(
-        f"{name}: a setting cannot be {hint}; use int, float, bool, str, Literal[...], or a list or tuple of these"
+        f"{name}: a setting cannot be {hint}; use int, float, bool, str, Literal[...], a list or tuple of these, "
+        f'or a number | Literal["{AUTO}"]'
     )
 
 
 def _parse(name: str, hint: Any, value: Any) -> Any:
+    if (number := _measured(hint)) is not None:
+        return AUTO if value == AUTO else _parse(name, number, value)
     kind, bounds = _split(hint)
     if kind in _TYPES:
         return _bounded(name, bounds, _scalar(name, kind, value))
@@ -120,6 +150,17 @@ def _split(hint: Any) -> tuple[Any, Bounds]:
         return hint, Bounds()
     kind, *extras = typing.get_args(hint)
     return kind, next((e for e in extras if isinstance(e, Bounds)), Bounds())
+
+
+def _measured(hint: Any) -> Any:
+    """The number's type of `float | Literal["auto"]`, with its bounds; None for every other hint."""
+    kind, bounds = _split(hint)
+    if typing.get_origin(kind) not in (typing.Union, types.UnionType):
+        return None
+    numbers = [part for part in typing.get_args(kind) if part != Literal["auto"]]
+    if len(numbers) != 1 or len(typing.get_args(kind)) != 2 or _split(numbers[0])[0] not in (int, float):
+        return None
+    return numbers[0] if bounds == Bounds() else Annotated[numbers[0], bounds]
 
 
 def _item(kind: Any) -> Any:

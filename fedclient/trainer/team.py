@@ -53,15 +53,39 @@ class Team:
         world_size: how many there are.
         weight: how much this rank's gradients count in the mean over all of them.
         whole: whether each holds the whole model.
+        beside: how many of them this machine has.
     """
 
     rank = 0
     world_size = 1
     weight = 1.0
     whole = True
+    beside = 1
 
-    def agree(self) -> None:
-        """Let every rank know what the first one has been told: called between two steps."""
+    def told(self, table: Any = None) -> Any:
+        """What the first rank says, as JSON, at every rank."""
+        return table
+
+    def agree(self, step: int, seconds: float, saw: int | None = None) -> int | None:  # noqa: ARG002 - for several ranks
+        """Let every rank know what the first one has been told: called between two steps.
+
+        Args:
+            step: steps that are over.
+            seconds: since this rank's training began.
+            saw: examples of this rank's part that have not been told yet; None: none were counted.
+
+        Returns:
+            The sum of `saw` over the ranks; None if no rank counted any.
+        """
+        return saw
+
+    def clock(self, seconds: float) -> float:
+        """The first rank's `seconds` when they last agreed, for what all decide alike; one alone has its own."""
+        return seconds
+
+    def first(self, mine: float) -> float:
+        """The first rank's number, but none that is finite if another rank's is not."""
+        return mine
 
     def share(self, batch: Any) -> Share:
         """This rank's part of a batch."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -241,6 +241,34 @@ class TorchState:
             found = "gone" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
             raise ModelMismatchError(f"after training {spec.name!r} is {found}, it was {spec.dtype} {spec.shape}")
         return tensor
+
+
+def copied(model: torch.nn.Module) -> Callable[[], None]:
+    """Copy what may change of a module: parameters that require a gradient, buffers, and whether it is in train mode.
+
+    Returns:
+        What brings all of it back in place, and clears gradients.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    # Of what is cut up, this process' share.
+    held: list[Any] = [*trained, *model.buffers()]
+    own: list[torch.Tensor] = [t.detach().to_local() if is_cut(t) else t for t in held]
+    # Not where they lie: an accelerator's memory is what is short.
+    copies = [(t, t.detach().to("cpu", copy=True)) for t in own]
+    modes = [(module, module.training) for module in model.modules()]
+
+    def bring_back() -> None:
+        # What was gathered for a forward pass would be taken for the weights.
+        for module in model.modules() if any(map(is_cut, trained)) else ():
+            if callable(drop := getattr(module, "reshard", None)):
+                drop()
+        for tensor, copy in copies:
+            copy_tensor(tensor, copy)
+        for module, mode in modes:
+            module.training = mode
+        model.zero_grad(set_to_none=True)
+
+    return bring_back
 
 
 def best_device() -> str:

@@ -59,6 +59,8 @@ class JobKind(enum.StrEnum):
     INIT = "init"
     """Build the model from the seed, give it the values in `Job.model_dir` if that is set, and write it and what
     belongs beside it: the weights are the first file."""
+    CALIBRATE = "calibrate"
+    """Measure the settings that are "auto"."""
     DESCRIBE = "describe"
     """Say what there is to know of the data, for the site's own eyes."""
 
@@ -123,7 +125,7 @@ class Description(_Message):
     settings_schema: Mapping[str, Any]
     """JSON schema in the closed subset of docs/protocol.md, before the site's limits."""
     abilities: tuple[str, ...]
-    """Of "train", "gradient", "evaluate"."""
+    """Of "train", "gradient", "evaluate", "calibrate"."""
     devices: tuple[Device, ...]
     """The device `[devices]` resolves to for this trainer, first; then the others its Python sees."""
 
@@ -166,6 +168,12 @@ class Job(_Message):
     """Seconds between two checkpoints; 0: none is written, and none is looked for."""
     rounds: int = 0
     """Rounds of the whole run; 0: not known."""
+    asked: Mapping[str, float] = field(default_factory=dict)
+    """What the run asks of this site in a round, of `fedclient.trainer.share.Limits`; not for gradients."""
+    share: Mapping[str, float] = field(default_factory=dict)
+    """The same of what the site gives at most."""
+    limits: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
+    """Least and greatest value of numeric settings at this site: where to look for those that are "auto"."""
 
     def __post_init__(self) -> None:
         """Rebuild the typed values that JSON has no room for."""
@@ -208,6 +216,12 @@ class Result(_Message):
     """Peak memory that torch took on accelerators; 0 without one."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """What `Workload.describe_data` gave."""
+    examples_seen: int = 0
+    """Examples that the loops have handed out; 0: not known."""
+    cut: str = ""
+    """`Context.cut`."""
+    found: Mapping[str, float] = field(default_factory=dict)
+    """What a job to calibrate found, by setting."""
 
     def __post_init__(self) -> None:
         """Rebuild the typed values that JSON has no room for."""

@@ -17,27 +17,30 @@ import importlib.metadata
 import json
 import math
 import os
-import random
+import queue
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
-import numpy as np
-
-from fedclient.trainer.api import CancelledJob, Context, Site, Workload, derive_seed
+from fedclient.trainer.api import Bounds, CancelledJob, Context, Site, Workload, derive_seed
 from fedclient.trainer.checkpoint import Checkpoints, CheckpointUnusable
 from fedclient.trainer.files import Loader, ModelDirectory, Shard, hand_over_update, write_model, write_update
-from fedclient.trainer.memory import is_out_of_memory, peak_device_memory
-from fedclient.trainer.options import BUILT_IN
+from fedclient.trainer.found import Finding, Found, fingerprint
+from fedclient.trainer.memory import is_out_of_memory, keep_whole, peak_device_memory
+from fedclient.trainer.options import BUILT_IN, SCRIPT_SUFFIX
 from fedclient.trainer.own_base import BaseMismatchError, OwnBase
 from fedclient.trainer.pipe import Pipe
-from fedclient.trainer.schema import parse_settings, settings_schema
+from fedclient.trainer.schema import check_found, left_open, parse_settings, settings_schema
+from fedclient.trainer.script import script_class
+from fedclient.trainer.share import Limits, Share
 from fedclient.trainer.state import State
 from fedclient.trainer.team import SOCKET, Team, does_share
+from fedclient.trainer.undone import seed_everything
 from fedclient.trainer.wire import (
     PROTOCOL,
     Description,
@@ -112,6 +115,11 @@ class Worker:
         self._checkpoints: Checkpoints | None = None
         self._model: _Built | None = None
 
+    @property
+    def main_thread(self) -> queue.SimpleQueue[Callable[[], None]] | None:
+        """See `Workload`."""
+        return self._workload.main_thread
+
     def description(self) -> Description:
         """What the class offers."""
         return Description(self._schema, abilities(self._class), _devices(self._device))
@@ -123,7 +131,8 @@ class Worker:
     def run(self, job: Job) -> Result | Failure:
         """Do one job; whatever the user's code raises becomes a Failure."""
         try:
-            return self._begin(job)
+            result = self._begin(job)
+            self._workload.end_job(failed=False)
         except CancelledJob:
             failure = Failure(FailReason.CANCELLED, step=self._context.step)
         except BaseException as error:  # noqa: BLE001 - sys.exit() in user code is a failure like any other
@@ -132,6 +141,11 @@ class Worker:
             if self._team.lost(error):
                 text = f"rank {self._team.rank} of the trainer's processes lost another one, step {failure.step}"
                 failure = replace(failure, reason=FailReason.CRASHED, text=text)
+        else:
+            if not self._workload.reuses_model:
+                self._drop_model()
+            return result
+        self._workload.end_job(failed=True)
         # What failed half-way may be in any state: the next job builds anew.
         self._close_checkpoints()
         self._drop_model()
@@ -147,54 +161,121 @@ class Worker:
         self._drop_model()
         return self._run(replace(job, awaited=False), resume=False)
 
-    def _run(self, job: Job, *, resume: bool = True) -> Result:
+    def _run(self, job: Job, *, resume: bool = True, measured: frozenset[str] = frozenset()) -> Result:
         self._context = Context(settings=None)
         self._close_checkpoints()
         if job.kind in (JobKind.INIT, JobKind.DESCRIBE):
             return self._alone(job)
-        if job.model_dir is None:
-            raise WorkloadError(f"a job to {job.kind.value} needs the model's directory")
-        directory = ModelDirectory.read(job.model_dir)
-        # Before the device is resolved: a class may import torch only here.
-        built = self._built(job.seed, self._team)
-        state = built.state
-        shared = self._is_shared(job)
-        self._context = ctx = self._new_context(job, self._team if shared else Team())
-        built.base.check(directory.base, ctx.alive)
-        frozen = {s.name for s in directory.specs.values() if s.role.value == "frozen"}
-        state.begin(training=job.kind is JobKind.TRAIN, device=ctx.device, frozen=frozen)
-        built.base.settle()
-        built.loader.load(directory, job.model_key, ctx.alive, self._arriving(directory) if job.awaited else None)
-        if job.checkpoint_dir and job.checkpoint_every and _ability(job) == "train":
-            self._use_checkpoints(job, job.checkpoint_dir, state, resume=resume)
+        searches = job.kind is not JobKind.EVALUATE and bool(left_open(self._schema, job.settings))
+        shared = searches or self._is_shared(job)
+        directory, built = self._loaded(job, self._team if shared else Team(), measured)
+        ctx = self._context
+        if searches:
+            # As it was while a batch was looked for, also where that was another process.
+            keep_whole()
+            found = self._found(job, built)
+            if job.kind is JobKind.CALIBRATE:
+                return Result(0, ctx.step, {}, 0.0, memory_bytes=peak_memory(), found=found)
+            # As if nothing had been measured: with a model built anew. By now all shards are there.
+            resolved = replace(job, settings={**job.settings, **found}, awaited=False)
+            return self._run(resolved, resume=resume, measured=frozenset(found))
+        checkpoints = self._workload.reuses_model and job.checkpoint_every and _ability(job) == "train"
+        if job.checkpoint_dir and checkpoints:
+            self._use_checkpoints(job, job.checkpoint_dir, built.state, resume=resume)
         if not shared and self._team.whole:
             if self._team.rank:
                 return _NOTHING
             self._team.go_alone()
         seed_everything(ctx.seed)
         began = time.monotonic()
+        if _ability(job) == "train":
+            ctx.begin(Share(Limits.of(job.asked), Limits.of(job.share)))
         gradient = self._compute(job, built)
         seconds = time.monotonic() - began + ctx.earlier_seconds
-        examples, files = ctx.counted(), tuple[Path, ...]()
+        examples = ctx.counted()
+        files = self._handed_over(job, built.state, directory, gradient) if job.kind is JobKind.TRAIN else ()
         if self._team.rank:
-            if job.kind is JobKind.TRAIN and not self._team.whole:
-                hand_over_update(state, directory, write=job.write, gradient=gradient, alive=ctx.alive)
             return _NOTHING
+        return Result(
+            examples,
+            ctx.step,
+            ctx.metrics,
+            seconds,
+            files,
+            peak_memory(),
+            peak_device_memory(),
+            examples_seen=ctx.examples_seen,
+            cut=ctx.cut,
+        )
+
+    def _loaded(self, job: Job, team: Team, measured: frozenset[str]) -> tuple[ModelDirectory, _Built]:
+        """The model with the version's weights."""
+        if job.model_dir is None:
+            raise WorkloadError(f"a job to {job.kind.value} needs the model's directory")
+        directory = ModelDirectory.read(job.model_dir)
+        self._context = ctx = self._new_context(job, team, measured)
+        self._workload.begin_job(ctx)
+        built = self._built(job.seed, self._team)
+        # Only now: a class may import torch no sooner than it builds its model.
+        ctx.device = self._device
+        built.base.check(directory.base, ctx.alive)
+        frozen = {s.name for s in directory.specs.values() if s.role.value == "frozen"}
+        built.state.begin(training=job.kind is JobKind.TRAIN, device=ctx.device, frozen=frozen)
+        built.base.settle()
+        built.loader.load(directory, job.model_key, ctx.alive, self._arriving(directory) if job.awaited else None)
+        return directory, built
+
+    def _handed_over(self, job: Job, state: State, directory: ModelDirectory, gradient: Any) -> tuple[Path, ...]:
+        """The update in files, which the first rank writes."""
+        alive = self._context.alive
+        if self._team.rank:
+            if not self._team.whole:
+                hand_over_update(state, directory, write=job.write, gradient=gradient, alive=alive)
+            return ()
         if self._team.whole:
             self._team.go_alone()
-        if job.kind is JobKind.TRAIN:
-            files = write_update(
-                state,
-                directory,
-                _out_dir(job),
-                write=job.write,
-                update_dtype=job.update_dtype,
-                gradient=gradient,
-                alive=ctx.alive,
-                wrote=self._wrote,
-            )
-            reach("trainer.update")
-        return Result(examples, ctx.step, ctx.metrics, seconds, files, peak_memory(), peak_device_memory())
+        files = write_update(
+            state,
+            directory,
+            _out_dir(job),
+            write=job.write,
+            update_dtype=job.update_dtype,
+            gradient=gradient,
+            alive=alive,
+            wrote=self._wrote,
+        )
+        reach("trainer.update")
+        return files
+
+    def _found(self, job: Job, built: _Built) -> dict[str, float]:
+        """The settings that are "auto": as they were found before, or measured now."""
+        names = left_open(self._schema, job.settings)
+        may = left_open(self._schema, None)
+        fixed = {name: value for name, value in job.settings.items() if name not in may}
+        team = self._team
+        kind: list[Any] = [self._start.to_json() | {"kept": ""}, fixed, job.limits, _versions()]
+        if team.world_size > 1:
+            kind.append([team.world_size, team.whole])
+        finding = Finding(
+            run=f"{job.run}/{job.client}",
+            names=tuple(names),
+            given=json.dumps({name: job.settings.get(name) for name in may}),
+            kind=json.dumps(kind, sort_keys=True),
+            model=fingerprint(built.state, self._context.alive),
+        )
+        kept = Found(Path(self._start.kept))
+        by_run = job.kind is not JobKind.CALIBRATE
+        found: dict[str, float] | None = team.told(None if team.rank else kept.look(finding, by_run=by_run))
+        if found is None:
+            self._context.note(f"measures {', '.join(names)}")
+            seed_everything(self._context.seed)
+            given = self._workload.calibrate(built.model, self._context)
+            found = team.told(check_found(self._schema, names, given, self._context.limits))
+            if not job.max_steps and not team.rank:
+                kept.put(finding, found)
+        self._context.note("found " + ", ".join(f"{name} {value:g}" for name, value in found.items()))
+        self._drop_model()
+        return found
 
     def _alone(self, job: Job) -> Result:
         """What no model is trained for: the first rank does it, and speaks for all."""
@@ -228,6 +309,7 @@ class Worker:
         try:
             with ctx.team.training(model, ctx):
                 self._workload.train(model, ctx)
+                ctx.agree()
         except Exception as error:
             if ctx.unproven and not is_out_of_memory(error) and not self._team.lost(error):
                 raise CheckpointUnusable(f"going on from it ended in {type(error).__name__}") from error
@@ -244,10 +326,12 @@ class Worker:
     def _new_checkpoints(self, job: Job, directory: Path, state: State) -> Checkpoints:
         """Checkpoints that are good for nothing but this very job, on this data, by this code's versions."""
         table = job.to_json()
-        own = ("settings", "seed", "client", "run", "round", "rounds", "version", "model_key", "max_steps")
+        limits = ("max_steps", "asked", "share")
+        own = ("settings", "seed", "client", "run", "round", "rounds", "version", "model_key", *limits)
         # Where the state directory lies is no matter; what an older release did not know is not said if it is not set.
         start = {name: value for name, value in self._start.to_json().items() if name != "kept"}
-        news = {name for name, value in {"rounds": job.rounds, "options": start["options"]}.items() if not value}
+        late = {"rounds": job.rounds, "options": start["options"], "asked": job.asked, "share": job.share}
+        news = {name for name, value in late.items() if not value}
         owner = {name: table[name] for name in own} | start | {"device": "", "versions": _versions()}
         owner = {name: value for name, value in owner.items() if name not in news}
         return Checkpoints(
@@ -273,6 +357,7 @@ class Worker:
     def _init(self, job: Job) -> Result:
         self._context = Context(settings=None, report=self._report, cancelled=self._pipe.cancelled)
         self._drop_model()
+        self._workload.begin_job(self._context)
         built = self._built(job.seed, Team())
         base = built.base.tensors(self._context.alive)
         if job.model_dir is not None:
@@ -293,10 +378,9 @@ class Worker:
             self._drop_model()
             seed_everything(seed)
             workload = self._workload
-            frozen_base = workload.frozen_base
-            with team.building(frozen_base=frozen_base):
+            with team.building(frozen_base=workload.frozen_base):
                 model = workload.build_model()
-            names = workload.tensor_names(model)
+            names, frozen_base = workload.tensor_names(model), workload.frozen_base
             state, base = team.laid_out(model, names, frozen_base=frozen_base, device=self._device)
             self._model = held = _Built(seed, model, state, Loader(state), base, team.whole)
         return held
@@ -308,10 +392,9 @@ class Worker:
         if torch is not None and torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
-    def _new_context(self, job: Job, team: Team) -> Context:
+    def _new_context(self, job: Job, team: Team, measured: frozenset[str]) -> Context:
         return Context(
             settings=parse_settings(self._class.Settings, job.settings),
-            device=self._device,
             seed=derive_seed(job.seed, job.client, job.round, job.kind),
             client=job.client,
             run=job.run,
@@ -319,6 +402,8 @@ class Worker:
             rounds=job.rounds,
             version=job.version,
             max_steps=job.max_steps,
+            measured=measured,
+            limits={name: Bounds(*bounds) for name, bounds in job.limits.items()},
             report=self._report,
             cancelled=self._pipe.cancelled,
             team=team,
@@ -353,34 +438,32 @@ def check_protocol(version: int) -> None:
 
 
 def find_class(trainer: str, directory: Path) -> type[Workload]:
-    """Import `module:Class`, looked up in `directory` first, then among the installed packages; or a built-in one.
+    """Import `module:Class`, looked up in `directory` first, then among the installed packages; or what stands for it.
+
+    A built-in workload has a name instead, and a script its path, relative to `directory`.
 
     Raises:
         WorkloadError: there is no such class, or it is no usable Workload.
         Exception: whatever importing the module raises.
     """
     sys.path.insert(0, str(directory))
+    if trainer.endswith(SCRIPT_SUFFIX):
+        return script_class(directory / trainer)
     module, _, name = BUILT_IN.get(trainer, trainer).partition(":")
     found = getattr(importlib.import_module(module), name, None)
     if not isinstance(found, type) or not issubclass(found, Workload):
         raise WorkloadError(f"{trainer}: there is no class {name} in it that derives from fedclient.trainer.Workload")
     if found.build_model is Workload.build_model or not abilities(found):
         raise WorkloadError(f"{trainer}: it needs build_model and at least one of {', '.join(Workload.abilities)}")
+    measured = left_open(settings_schema(found.Settings), None)
+    if measured and "calibrate" not in abilities(found):
+        raise WorkloadError(f"{trainer}: {measured[0]} may be \"auto\", but the class has no method 'calibrate'")
     return found
 
 
 def abilities(found: type[Workload]) -> tuple[str, ...]:
-    """Which of "train", "gradient", "evaluate" a class implements."""
+    """Which of `Workload.abilities` a class implements."""
     return tuple(name for name in Workload.abilities if getattr(found, name) is not getattr(Workload, name))
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python's, numpy's and (where it is loaded) torch's global generators."""
-    random.seed(seed)
-    np.random.seed(seed % (1 << 32))  # noqa: NPY002 - user code may draw from the global one
-    torch = sys.modules.get("torch")
-    if torch is not None:
-        torch.manual_seed(seed)
 
 
 def failure_of(error: BaseException, step: int) -> Failure:
@@ -453,9 +536,21 @@ def main() -> int:
         traceback.print_exc()
         pipe.send("failed", failure_of(error, 0).to_json())
         return 1
+    if worker.main_thread is None:
+        _serve(pipe, worker)
+    threading.Thread(target=_serve, args=(pipe, worker), name="fedclient-jobs", daemon=True).start()
     while True:
-        answer = worker.run(Job.from_json(pipe.receive()))
-        pipe.send("done" if isinstance(answer, Result) else "failed", answer.to_json())
+        worker.main_thread.get()()
+
+
+def _serve(pipe: Pipe, worker: Worker) -> NoReturn:
+    try:
+        while True:
+            answer = worker.run(Job.from_json(pipe.receive()))
+            pipe.send("done" if isinstance(answer, Result) else "failed", answer.to_json())
+    except BaseException:  # noqa: BLE001 - on a thread it would end that thread alone
+        traceback.print_exc()
+        os._exit(1)
 
 
 if __name__ == "__main__":

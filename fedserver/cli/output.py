@@ -15,6 +15,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from rich.console import Console
 from rich.table import Table
 
+from fedlink.v1 import admin_service_pb2 as pb
 from fedserver.remote import Admin
 from fedserver.settings import DEFAULT_DATA_DIR
 
@@ -117,6 +118,14 @@ def enum_name(name: str) -> str:
 def iso(time: Timestamp) -> str:
     """A time for programs."""
     return time.ToDatetime(tzinfo=UTC).isoformat(timespec="milliseconds")
+
+
+def speed(found: pb.Speed) -> str:
+    """How fast a site trains, in words; empty if it was never measured."""
+    if not found.steps_per_second:
+        return ""
+    examples = f", {found.examples_per_second:.3g} examples/s" if found.examples_per_second else ""
+    return f"{found.steps_per_second:.3g} steps/s{examples}"
 
 
 def local(time: Timestamp) -> str:

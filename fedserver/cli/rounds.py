@@ -8,7 +8,7 @@ import typer
 
 from fedlink.v1 import admin_service_pb2 as pb
 from fedlink.v1 import types_pb2
-from fedserver.cli.output import DATA_DIR, DataDir, Json, enum_name, local, print_list, with_admin
+from fedserver.cli.output import DATA_DIR, DataDir, Json, enum_name, local, print_list, speed, with_admin
 from fedserver.remote import Admin
 from fedserver.rounds.wording import size
 
@@ -79,12 +79,26 @@ def _show(found: pb.Round, *, as_json: bool) -> None:
         ("state", lambda t: enum_name(types_pb2.TaskState.Name(t.state))),
         ("attempt", lambda t: str(t.attempt)),
         ("examples", lambda t: str(t.num_examples)),
-        ("steps", lambda t: str(t.steps)),
+        ("steps", _steps),
         ("compute", lambda t: f"{t.compute_seconds:.2f} s"),
+        ("speed", lambda t: speed(_speed(t))),
+        ("cut by", lambda t: t.cut),
         ("metrics", lambda t: "  ".join(f"{k} {v:.4f}" for k, v in sorted(t.metrics.items()))),
         ("reason", lambda t: f"{t.reason} {t.message}".strip()),
     ]
     print_list(found.tasks, columns, as_json=False)
+
+
+def _steps(t: pb.TaskRecord) -> str:
+    return f"{t.steps} of {t.given_steps}" if t.given_steps and t.kind == "train" else str(t.steps)
+
+
+def _speed(t: pb.TaskRecord) -> pb.Speed:
+    if t.kind != "train" or not t.compute_seconds:
+        return pb.Speed()
+    return pb.Speed(
+        steps_per_second=t.steps / t.compute_seconds, examples_per_second=t.examples_seen / t.compute_seconds
+    )
 
 
 def _updates(r: pb.Round) -> str:

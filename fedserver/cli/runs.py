@@ -15,7 +15,7 @@ from fedlink.run_file import RunSpec
 from fedlink.v1 import admin_service_pb2 as pb
 from fedserver.cli import watch as watching
 from fedserver.cli.output import DATA_DIR, DataDir, Json, enum_name, local, print_list, print_one, with_admin
-from fedserver.cli.uses import print_uses
+from fedserver.cli.uses import print_speeds, print_uses
 from fedserver.remote import Admin
 
 app = typer.Typer(no_args_is_help=True)
@@ -73,6 +73,7 @@ def show(run: RunName, *, as_json: Json = False, data_dir: DataDir = DATA_DIR) -
     _print_run(found, as_json=as_json)
     if not as_json:
         print_uses(found)
+        print_speeds(found)
 
 
 @app.command()
@@ -180,12 +181,17 @@ def _print_run(run: pb.Run, *, as_json: bool) -> None:
         ("state", _state(run)),
         ("version", f"{run.version} of {run.rounds}"),
         ("best", str(run.best_version) if run.HasField("best_version") else ""),
+        *((m.name, _measured(m)) for m in run.measured),
         ("created", local(run.created)),
         ("ended", local(run.ended)),
         ("waiting", run.waiting),
         ("reason", run.reason),
     ]
     print_one(run, lines, as_json=as_json)
+
+
+def _measured(setting: pb.MeasuredSetting) -> str:
+    return watching.measured(setting.value if setting.HasField("value") else None, setting.sites)
 
 
 def _state(run: pb.Run) -> str:

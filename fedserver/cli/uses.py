@@ -8,8 +8,20 @@ import typer
 from google.protobuf.message import Message
 
 from fedlink.v1 import admin_service_pb2 as pb
-from fedserver.cli.output import print_list
+from fedserver.cli.output import print_list, speed
 from fedserver.rounds.wording import size
+
+
+def print_speeds(run: pb.Run) -> None:
+    """Print a line for each site that has trained the run's workload: how fast it is."""
+    if run.speeds:
+        columns = [
+            ("client", lambda s: s.client),
+            ("speed", speed),
+            ("median of", lambda s: f"{s.trainings} training{'s' * (s.trainings > 1)}"),
+        ]
+        typer.echo("")
+        print_list(run.speeds, columns, as_json=False)
 
 
 def print_uses(run: pb.Run) -> None:

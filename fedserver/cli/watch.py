@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,11 +18,11 @@ from rich.text import Text
 from fedlink.errors import FedlinkError
 from fedlink.v1 import admin_service_pb2 as pb
 from fedserver.cli.output import console, iso
-from fedserver.rounds.wording import size
+from fedserver.rounds.wording import listed, size
 
 _ASK_SECONDS = 2.0
 _QUIET_SECONDS = 10.0
-_SILENT = ("run_created", "round_started", "round_closed", "task_accepted", "run_finishing")
+_SILENT = ("run_created", "run_calibration_started", "round_started", "round_closed", "task_accepted", "run_finishing")
 
 
 @dataclass
@@ -59,6 +59,8 @@ class RunTable:
                 return int(data["version"])
             case "run_ended":
                 self.ended = data
+            case "run_calibrated":
+                self.notes += _measured(data)
             case kind if kind not in _SILENT:
                 details = ", ".join(f"{k} {v}" for k, v in data.items())
                 self.notes.append(f"{kind.replace('_', ' ')}: {details}" if details else kind.replace("_", " "))
@@ -105,6 +107,26 @@ class RunTable:
 
     def _row(self, version: int) -> dict[str, Any]:
         return self.rows.setdefault(version, {})
+
+
+def measured(value: float | None, sites: Mapping[str, float]) -> str:
+    """What sites have measured for a setting, and what came of it.
+
+    Args:
+        value: what all train with; None if each does with its own.
+        sites: what each found.
+    """
+    found = listed([f"{site} {each:g}" for site, each in sorted(sites.items())])
+    return f"each site its own: {found}" if value is None else f"{value:g}, the median of {found}"
+
+
+def _measured(data: Mapping[str, Any]) -> Iterator[str]:
+    """The notes of what a run's sites have measured."""
+    for name in sorted({*data["settings"], *data["own"]}):
+        sites = {site: values[name] for site, values in data["sites"].items() if name in values}
+        yield f"measured {name}: {measured(data['settings'].get(name), sites)}"
+    for site, why in sorted(data["missing"].items()):
+        yield f"{site} measured nothing: {why}"
 
 
 async def show(

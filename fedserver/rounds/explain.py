@@ -73,6 +73,9 @@ class RunView:
     evaluation: Mapping[str, TaskState] = field(default_factory=dict)
     """Open evaluation of the newest version, if the run waits for it."""
     evaluation_seconds_left: float = 0.0
+    calibration: Mapping[str, TaskState] = field(default_factory=dict)
+    """Open tasks to measure settings, for which the first round waits."""
+    calibration_seconds_left: float = 0.0
     draining: bool = False
     """The server lets nothing new begin, and ends soon."""
     obstacle: str = ""
@@ -135,7 +138,7 @@ def account(view: RunView) -> Wait:
     if view.state in _ENDED:
         return Wait(f"it has ended ({view.state}): {view.reason}")
     current = view.round
-    idle = current is None or current.phase is Phase.SELECT
+    idle = (current is None or current.phase is Phase.SELECT) and not view.calibration
     if view.draining and idle and not view.evaluation:
         return Wait("the server is draining: nothing begins until it is started again", endless=True)
     if view.state == "paused" and idle and not view.evaluation:
@@ -143,6 +146,8 @@ def account(view: RunView) -> Wait:
             "paused by an operator: only `fedserver run resume` or `fedserver run stop` ends that", endless=True
         )
     wait = _evaluation(view) if view.evaluation else _round(view, current) if current else Wait()
+    if view.calibration:
+        wait = _calibration(view)
     return replace(wait, sentence="; ".join((wait.sentence, *_meanwhile(view)))) if wait.sentence else wait
 
 
@@ -179,6 +184,13 @@ def _evaluation(view: RunView) -> Wait:
         f"waits for the evaluation of the newest version by {listed(clients)}; it goes on without them in {left}",
         clients,
     )
+
+
+def _calibration(view: RunView) -> Wait:
+    clients = _tasks(view, view.calibration)
+    left = span(view.calibration_seconds_left)
+    text = f'waits for {listed(clients)} to measure what the run gives as "auto"; it goes on without them in {left}'
+    return Wait(text, clients)
 
 
 def _round(view: RunView, current: Round) -> Wait:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedlink.run_file import Cohort
-from fedlink.settings_schema import Schema, check_settings
+from fedlink.settings_schema import Schema, check_settings, open_settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class Offer:
 
     schema: Schema
     abilities: frozenset[str]
-    """Of "train", "gradient", "evaluate"."""
+    """Of "train", "gradient", "evaluate", "calibrate"."""
     allowed_runs: tuple[str, ...]
     """Shell patterns of run names; empty means every run."""
 
@@ -37,6 +37,8 @@ def refusal(
     if ability not in offer.abilities:
         return f"cannot do {ability!r}"
     errors = check_settings(offer.schema, settings)
+    if "calibrate" not in offer.abilities:
+        errors += [f"{name}: it cannot be measured there" for name in open_settings(offer.schema, settings)]
     return f"refuses the settings: {'; '.join(errors)}" if errors else None
 
 

@@ -42,6 +42,8 @@ class Claim:
     steps: int
     metrics: tuple[tuple[str, float], ...]
     compute_seconds: float = field(compare=False)
+    examples_seen: int = field(default=0, compare=False)
+    cut: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,7 +297,7 @@ def retry_wait(row: TaskRow) -> float:
 
     Half of it is jitter, drawn from the token, so that a restart changes nothing.
     """
-    if row.kind != "train" or row.attempt <= 1:
+    if row.kind == "evaluate" or row.attempt <= 1:
         return 0.0
     longest = min(RETRY_CAP, RETRY_BASE * 2.0 ** min(row.attempt - 2, 60))
     return longest * (1.0 + random.Random(row.token).random()) / 2  # noqa: S311 - jitter, no secret
@@ -311,6 +313,8 @@ def ended(row: TaskRow) -> FedlinkError:
 def closed(row: TaskRow) -> FedlinkError:
     """The error that says that a task is over and nothing is to be sent for it."""
     what = f"round {row.round}" if row.kind == "train" else f"evaluation of version {row.version}"
+    if row.kind == "calibrate":
+        what = "the measuring of settings"
     why = f" ({row.reason})" if row.reason else ""
     return FedlinkError(Reason.ROUND_CLOSED, f"{what} is closed{why}; drop the task, nothing more is to be sent")
 

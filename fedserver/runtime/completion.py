@@ -12,6 +12,7 @@ from fedlink.blobs import MAX_MANIFEST_SIZE, BlobRef
 from fedlink.errors import FedlinkError, Reason
 from fedlink.failpoints import reach
 from fedlink.run_file import WIRE_DTYPES
+from fedlink.work import WorkLimits
 from fedserver.aggregation.check import check_update
 from fedserver.rounds.model import TaskState
 from fedserver.runtime.board import Claim, OpenTask, TaskBoard, Verdict, closed
@@ -26,6 +27,7 @@ from fedserver.store.rows import TaskRow
 MAX_EXAMPLES = 1 << 53
 """Larger weights are not exact in float64."""
 _MAX_METRICS = 64
+_CUTS = frozenset(f"{whose} {name}" for whose in ("run", "site") for name in WorkLimits.model_fields)
 # What a bit that has turned on the server's disk may look like.
 _OF_THE_BYTES = (Reason.BAD_MANIFEST, Reason.BLOB_CORRUPT, Reason.NOT_FINITE)
 # Bytes that were not sent are the site's to send, not a verdict on the update.
@@ -102,6 +104,8 @@ class Completions:
             "steps": claim.steps,
             "metrics": dict(claim.metrics),
             "compute_seconds": claim.compute_seconds,
+            "examples_seen": claim.examples_seen,
+            "cut": claim.cut,
         }
         verdict = Verdict(accepted=True)
         if task.row.kind == "train":
@@ -185,15 +189,23 @@ class Completions:
 
 
 def read_claim(
-    update: BlobRef | None, num_examples: int, steps: int, metrics: Mapping[str, float], *, seconds: float
+    update: BlobRef | None,
+    num_examples: int,
+    steps: int,
+    metrics: Mapping[str, float],
+    *,
+    seconds: float,
+    examples_seen: int = 0,
+    cut: str = "",
 ) -> Claim:
-    """A claim that somebody sent.
+    """A claim that somebody sent; a `cut` that is none of ours is dropped.
 
     Raises:
         FedlinkError: WRONG_RESULT, NO_EXAMPLES.
     """
-    if num_examples > MAX_EXAMPLES or steps > MAX_EXAMPLES:
-        raise FedlinkError(Reason.WRONG_RESULT, f"num_examples {num_examples} or steps {steps} is over 2^53")
+    if max(num_examples, steps, examples_seen) > MAX_EXAMPLES:
+        counts = f"num_examples {num_examples}, steps {steps} or examples_seen {examples_seen}"
+        raise FedlinkError(Reason.WRONG_RESULT, f"{counts} is over 2^53")
     if len(metrics) > _MAX_METRICS or any(not 0 < len(k) <= 64 for k in metrics):
         raise FedlinkError(Reason.WRONG_RESULT, "at most 64 metrics with names of 1 to 64 characters")
     if not math.isfinite(seconds) or seconds < 0 or not all(map(math.isfinite, metrics.values())):
@@ -201,7 +213,8 @@ def read_claim(
     if update is not None and update.size > MAX_MANIFEST_SIZE:
         raise FedlinkError(Reason.TOO_LARGE, f"the update's manifest is larger than {MAX_MANIFEST_SIZE} bytes")
     digest = update.digest if update else b""
-    return Claim(digest, num_examples, steps, tuple(sorted(metrics.items())), seconds)
+    told = cut if cut in _CUTS else ""
+    return Claim(digest, num_examples, steps, tuple(sorted(metrics.items())), seconds, examples_seen, told)
 
 
 def _seen(check: asyncio.Task[Verdict]) -> None:

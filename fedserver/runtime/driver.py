@@ -23,6 +23,7 @@ from fedlink import log as logs
 from fedlink.errors import FedlinkError, Reason
 from fedlink.failpoints import reach
 from fedlink.memory import peak_memory
+from fedlink.run_file import RunSpec
 from fedserver.rounds.explain import RunView, Wait, absentees, account
 from fedserver.rounds.machine import step
 from fedserver.rounds.model import (
@@ -46,6 +47,7 @@ from fedserver.rounds.model import (
 from fedserver.runtime import outlook, records
 from fedserver.runtime.aggregation import Aggregation
 from fedserver.runtime.board import OpenTask
+from fedserver.runtime.calibrating import Calibrating
 from fedserver.runtime.early import EarlyFold
 from fedserver.runtime.evaluations import Evaluations
 from fedserver.runtime.parts import Parts
@@ -89,7 +91,6 @@ class RunDriver:
     def __init__(self, row: RunRow, parts: Parts, ended: Callable[[int], None]) -> None:
         self.row = row
         self.round: Round | None = None
-        self._spec = row.parsed
         self._parts = parts
         self._db = parts.database
         self._board = parts.board
@@ -99,6 +100,7 @@ class RunDriver:
         self._early = EarlyFold(row, parts, whole(self._asked_again))
         self.tidying = Tidying(row, parts)
         self._evaluations = Evaluations(row, parts.board)
+        self._calibrating = Calibrating(row, parts.board, parts.sites)
         self._failures = 0
         self._asked: Counter[int] = Counter()
         self._log = logs.get("rounds").bind(run=row.name)
@@ -113,6 +115,9 @@ class RunDriver:
         async with self.lock:
             unfinished = await self._db.run(lambda c: task_queries.versions_in_evaluation(c, self.row.id))
             self._evaluations.restore(unfinished)
+            asked = await self._db.run(lambda c: task_queries.calibration_tasks(c, self.row.id))
+            if asked and self.row.calibration is None:
+                self._calibrating.opened()
             found = await self._db.run(lambda c: q.newest_round(c, self.row.id))
             self._failures = await self._db.run(lambda c: q.failures_in_a_row(c, self.row.id))
             if found is None or found.phase in (Phase.COMMITTED, Phase.FAILED):
@@ -145,6 +150,7 @@ class RunDriver:
     @serial
     async def tick(self, now: float) -> None:
         """Time has passed; while the server drains, no deadline does."""
+        await self._close_calibration(-math.inf if self._board.draining else now)
         if self.round is not None and self.round.phase is Phase.SELECT:
             if self.round.deadline_at is not None and now >= self.round.deadline_at:
                 await self._try_select()
@@ -187,8 +193,12 @@ class RunDriver:
             await self._apply(event, lambda c: records.end_task(c, task, state, values))
             self._board.remove([task])
         else:
+            again = task.row.kind == "calibrate" and retryable and task.row.attempt <= self._spec.cohort.task_retries
             await self._commit(lambda c: records.end_task(c, task, state, values))
             self._board.remove([task])
+            if again:
+                await self._ask_to_measure([task.client], task.row.attempt + 1)
+            await self._close_calibration(time.time())
             await self._close_evaluations(time.time())
         return True
 
@@ -331,6 +341,7 @@ class RunDriver:
             if task.row.kind == "train":
                 await self._apply(TaskChanged(task.client, state, time.time()))
             else:
+                await self._close_calibration(time.time())
                 await self._close_evaluations(time.time())
 
     def _verdict(self, action: Fail, failed: Round) -> str:
@@ -354,9 +365,55 @@ class RunDriver:
         await self._open_round(failed.number)
 
     async def _try_select(self) -> None:
-        if self.row.state == "active" and not self._board.draining:
+        if self.row.state == "active" and not self._board.draining and not self._calibrating.under_way:
             view = self._view()
-            await self._apply(SitesChanged(view.eligible, view.now, view.returning, absentees(view)))
+            event = SitesChanged(view.eligible, view.now, view.returning, absentees(view))
+            cohort = self._cohort(event) if self.row.calibration is None and self._calibrating.names else ()
+            if cohort:
+                await self._ask_to_measure(cohort, 1)
+            else:
+                await self._apply(event)
+
+    # --- What is to be measured before the first round
+
+    def _cohort(self, event: SitesChanged) -> tuple[str, ...]:
+        """The sites that would begin the round now; none if it cannot begin."""
+        assert self.round is not None
+        after, _ = step(self.round, event)
+        return tuple(after.tasks)
+
+    async def _ask_to_measure(self, clients: Sequence[str], attempt: int) -> None:
+        issued: list[TaskRow] = []
+        run, names = self.row, self._calibrating.names
+        await self._commit(lambda c: issued.extend(records.issue_calibration(c, run, clients, names, attempt)))
+        reach("calibration.issued")
+        self._board.add(self.row, issued)
+        if attempt == 1:
+            self._calibrating.opened()
+
+    async def _close_calibration(self, now: float) -> None:
+        """Go on with what has been measured, once nobody is waited for; without anything the run fails."""
+        if not self._calibrating.over(now) or self.row.state not in q.LIVE_STATES:
+            return
+        rows = await self._db.run(lambda c: task_queries.calibration_tasks(c, self.row.id))
+        late, run = self._calibrating.tasks, self.row
+        measured = self._calibrating.result(rows)
+        names = ", ".join(self._calibrating.names)
+        if not measured.sites:
+            whys = "; ".join(f"{client}: {why}" for client, why in sorted(measured.missing.items()))
+            await self._end("failed", f"no site could measure {names} ({whys})")
+            return
+        await self._commit(lambda c: records.close_calibration(c, run, measured, [t.row.id for t in late]))
+        reach("calibration.closed")
+        self._board.remove(late)
+        self._calibrating.closed()
+        self._log.info("measured", **measured.settings, sites=sorted(measured.sites), missing=dict(measured.missing))
+        if self.round is not None and self.round.phase is Phase.SELECT:
+            # The time to find sites begins now.
+            renewed = replace(self.round, deadline_at=self._start_by())
+            await self._commit(lambda c: records.save_round(c, run.id, renewed))
+            self.round = renewed
+            await self._try_select()
 
     async def _open_round(self, number: int) -> None:
         self._early.drop()
@@ -551,6 +608,11 @@ class RunDriver:
 
     # --- Views
 
+    @property
+    def _spec(self) -> RunSpec:
+        """The run file, with what has been measured."""
+        return self.row.parsed
+
     def _evaluators(self) -> list[str]:
         """Who measures a version: also sites that are still on their way back after the server's restart."""
         late = outlook.returning(self.row.name, self._spec, self._parts.sites, "evaluate")
@@ -564,6 +626,11 @@ class RunDriver:
     @property
     def _ordered(self) -> bool:
         return self.round is not None and self.round.phase is Phase.AGGREGATE
+
+    @property
+    def to_measure(self) -> tuple[str, ...]:
+        """The settings that its sites are asked to measure."""
+        return self._calibrating.names
 
     def waiting(self) -> str:
         """One sentence: what the run waits for; empty if for nothing."""
@@ -581,6 +648,7 @@ class RunDriver:
             sites=self._parts.sites,
             board=self._board,
             evaluations=self._evaluations,
+            calibrating=self._calibrating,
             aggregating=self._aggregation.seconds,
             obstacle=self._parts.disk.trouble or (self._aggregation.obstacle if self._ordered else ""),
         )

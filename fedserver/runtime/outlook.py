@@ -11,6 +11,7 @@ from fedserver.rounds.explain import Doing, RunView
 from fedserver.rounds.model import Entry, Phase, Round, TaskState
 from fedserver.rounds.selection import Offer, refusal
 from fedserver.runtime.board import OpenTask, TaskBoard
+from fedserver.runtime.calibrating import Calibrating
 from fedserver.runtime.evaluations import Evaluations
 from fedserver.runtime.sites import Site, SiteRegistry
 from fedserver.store.rows import RoundRow, RunRow, TaskRow
@@ -41,6 +42,7 @@ def view(
     sites: SiteRegistry,
     board: TaskBoard,
     evaluations: Evaluations,
+    calibrating: Calibrating,
     aggregating: float,
     obstacle: str,
 ) -> RunView:
@@ -53,6 +55,7 @@ def view(
         sites: every site.
         board: the open tasks.
         evaluations: the run's.
+        calibrating: the run's.
         aggregating: seconds the aggregation under way has taken.
         obstacle: what is wrong with the server.
     """
@@ -75,6 +78,8 @@ def view(
         aggregating=aggregating,
         evaluation=evaluations.states(run.version) if current is None else {},
         evaluation_seconds_left=evaluations.seconds_left(run.version),
+        calibration=calibrating.states if calibrating.under_way else {},
+        calibration_seconds_left=calibrating.seconds_left,
         draining=board.draining,
         obstacle=obstacle,
     )

@@ -9,12 +9,15 @@ import json
 import secrets
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from sqlalchemy import Connection
 
+from fedserver.rounds.calibration import Measured
 from fedserver.rounds.evaluation import is_better, weighted_means
 from fedserver.rounds.model import Phase, Round, TaskState
+from fedserver.runtime import speeds
 from fedserver.runtime.board import UPDATE_LOST, OpenTask
 from fedserver.runtime.versions import StoredVersion, version_owner
 from fedserver.store.queries import models as model_queries
@@ -44,11 +47,14 @@ def open_round(c: Connection, run_id: int, number: int, deadline_at: float | Non
 
 
 def issue_train(c: Connection, run: RunRow, after: Round, clients: Collection[str], attempt: int) -> list[TaskRow]:
-    """Write a training task for each site."""
+    """Write a training task for each site, with the steps that it is limited to."""
     of = {"round": after.number, "round_attempt": after.attempt, "version": run.version}
-    rows = _issue(c, run, "train", clients, attempt=attempt, **of)
+    given = speeds.given_steps(c, run, after, clients, attempt)
+    rows = _issue(c, run, "train", clients, given=given, attempt=attempt, **of)
     kind = "round_started" if attempt == 1 else "task_retried"
-    data = {"round": after.number, "attempt": after.attempt, "clients": sorted(clients)}
+    data: dict[str, Any] = {"round": after.number, "attempt": after.attempt, "clients": sorted(clients)}
+    if run.parsed.work.balanced:
+        data["steps"] = given
     q.add_event(c, run.id, kind, data, time.time())
     return rows
 
@@ -63,9 +69,38 @@ def issue_evaluation(
     return _issue(c, run, "evaluate", clients, attempt=1, round=0, round_attempt=0, version=version)
 
 
-def _issue(c: Connection, run: RunRow, kind: str, clients: Collection[str], **values: int) -> list[TaskRow]:
+def issue_calibration(
+    c: Connection, run: RunRow, clients: Collection[str], names: Sequence[str], attempt: int
+) -> list[TaskRow]:
+    """Write a task for each site to measure settings of the run."""
+    if attempt == 1:
+        q.add_event(
+            c, run.id, "run_calibration_started", {"settings": list(names), "clients": sorted(clients)}, time.time()
+        )
+    return _issue(c, run, "calibrate", clients, attempt=attempt, round=0, round_attempt=0, version=0)
+
+
+def close_calibration(c: Connection, run: RunRow, measured: Measured, late: Iterable[int]) -> None:
+    """Record what sites have measured: from now on it is part of the run."""
+    now = time.time()
+    task_queries.end_tasks(c, late, TaskState.CLOSED, "CALIBRATION_CLOSED", now)
+    q.save_run(c, run.id, calibration=measured.serialize())
+    q.add_event(c, run.id, "run_calibrated", asdict(measured), now)
+
+
+def _issue(
+    c: Connection,
+    run: RunRow,
+    kind: str,
+    clients: Collection[str],
+    *,
+    given: Mapping[str, int | None] | None = None,
+    **values: int,
+) -> list[TaskRow]:
     common = {"run_id": run.id, "kind": kind, "state": TaskState.PENDING, "issued": time.time(), **values}
-    return task_queries.insert_tasks(c, [{"token": secrets.token_bytes(24), "client": n, **common} for n in clients])
+    steps = given or {}
+    rows = [{"token": secrets.token_bytes(24), "client": n, "given_steps": steps.get(n), **common} for n in clients]
+    return task_queries.insert_tasks(c, rows)
 
 
 def close_tasks(
@@ -92,8 +127,10 @@ def end_task(c: Connection, task: OpenTask, state: TaskState, values: Mapping[st
         **{k: v for k, v in values.items() if k != "metrics"},
     )
     if task.row.kind == "train":
+        if state is TaskState.ACCEPTED:
+            speeds.remember(c, task, values)
         data = {"round": task.row.round, "client": task.client, "attempt": task.row.attempt}
-        data |= {k: values[k] for k in ("reason", "message", "tensor", "num_examples") if values.get(k)}
+        data |= {k: values[k] for k in ("reason", "message", "tensor", "num_examples", "cut") if values.get(k)}
         q.add_event(c, task.row.run_id, f"task_{state}", data, now)
 
 
@@ -151,6 +188,8 @@ def commit_version(
 def _used(c: Connection, run: RunRow, stored: StoredVersion, tasks: Sequence[TaskRow], memory: int) -> dict[str, int]:
     """What a round has used when its version is in the table: now most of its bytes lie on the disk."""
     measured = task_queries.evaluation_tasks(c, run.id, run.version)
+    if run.version == 0:
+        measured += task_queries.calibration_tasks(c, run.id)
     # Version 0 is the model that the run began with. The others are alike, for they hold the same tensors.
     made = sum(v.number > 0 for v in q.list_versions(c, run.id))
     return {
@@ -176,8 +215,9 @@ def reopen_task(c: Connection, task: TaskRow) -> TaskRow:
 
 
 def bytes_down(c: Connection, run_id: int, tasks: Sequence[TaskRow], base: int) -> int:
-    """Bytes sent so that a round could start: a site that measures the base version first has it for training."""
-    return sum(t.bytes_down for t in (*tasks, *task_queries.evaluation_tasks(c, run_id, base)))
+    """Bytes sent so that a round could start: a site that measures with the base version first has it for training."""
+    before = task_queries.calibration_tasks(c, run_id) if base == 0 else []
+    return sum(t.bytes_down for t in (*tasks, *before, *task_queries.evaluation_tasks(c, run_id, base)))
 
 
 def aggregation_inputs(c: Connection, run: RunRow, current: Round) -> tuple[list[TaskRow], VersionRow]:

@@ -31,7 +31,7 @@ _MAX_OFFERS = 64
 _MAX_SITES = 100_000
 _MAX_REGISTRATION = 1 << 20
 _MAX_TEXT = 128
-_ABILITIES = frozenset(("train", "gradient", "evaluate"))
+_ABILITIES = frozenset(("train", "gradient", "evaluate", "calibrate"))
 
 
 @dataclass

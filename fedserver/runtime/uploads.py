@@ -259,7 +259,9 @@ class TaskBlobAccess:
             raise FedlinkError(Reason.TASK_NOT_FOUND, "operators have no tasks")
         task = await self._board.open_task(caller.name, purpose.token)
         if task.row.kind != "train":
-            raise FedlinkError(Reason.WRONG_RESULT, "an evaluation has no update; its metrics go with CompleteTask")
+            raise FedlinkError(
+                Reason.WRONG_RESULT, f"a task to {task.row.kind} has no update; its metrics go with CompleteTask"
+            )
         return task
 
     async def _make_room(self, task: OpenTask, mine: Sequence[UploadRow], ref: BlobRef) -> None:

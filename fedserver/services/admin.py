@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from typing import TypeVar
 
@@ -29,6 +30,7 @@ from fedserver.services.status import Context, translated
 from fedserver.store.database import Database
 from fedserver.store.queries import models as model_queries
 from fedserver.store.queries import runs as q
+from fedserver.store.queries import speeds as speed_queries
 from fedserver.store.queries import tasks as task_queries
 from fedserver.store.rows import RoundRow, RunRow, VersionRow
 
@@ -85,8 +87,10 @@ class AdminServicer(pb_grpc.AdminServiceServicer):
         await operator(context)
         row = await self._engine.find(request.run)
         newest = await self._db.run(lambda c: q.list_rounds(c, row.id, after=max(0, row.version - _USES), limit=_USES))
+        speeds = await self._db.run(lambda c: speed_queries.list_speeds(c, row.parsed.workload))
         run = self._run(row)
         run.used.extend(views.use_messages(row, newest))
+        run.speeds.extend(views.speed_message(s, row.id) for s in speeds)
         return pb.GetRunResponse(run=run)
 
     @translated
@@ -198,7 +202,10 @@ class AdminServicer(pb_grpc.AdminServiceServicer):
         await operator(context)
         after, limit = _page(request.page_size, request.page_token)
         page = self._sites.all()[after : after + limit]
-        clients = _fitting([views.client_message(s, connected=self._sites.connected(s)) for s in page])
+        speeds = defaultdict(list)
+        for row in await self._db.run(speed_queries.list_speeds):
+            speeds[row.client].append(row)
+        clients = _fitting([views.client_message(s, speeds[s.name], connected=self._sites.connected(s)) for s in page])
         token = str(after + len(clients)) if len(clients) < len(page) or len(page) == limit else ""
         return pb.ListClientsResponse(clients=clients, next_page_token=token)
 

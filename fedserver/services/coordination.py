@@ -17,6 +17,7 @@ from fedlink.tensors import Kind
 from fedlink.v1 import coordination_service_pb2 as pb
 from fedlink.v1 import coordination_service_pb2_grpc as pb_grpc
 from fedlink.v1 import types_pb2
+from fedlink.work import WorkLimits
 from fedserver.rounds.model import TaskState
 from fedserver.runtime.board import OpenTask, TaskBoard, ended
 from fedserver.runtime.completion import Completions, read_claim
@@ -129,6 +130,9 @@ class CoordinationServicer(pb_grpc.CoordinationServiceServicer):
         out.settings_json = json.dumps(dict(spec.settings), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         driver = self._engine.driver_of(task)
         current, out.rounds = driver.round, driver.row.rounds
+        if row.kind == "calibrate":
+            out.calibrate.settings.extend(driver.to_measure)
+            return out
         if row.kind != "train":
             out.evaluate.SetInParent()
             return out
@@ -138,6 +142,8 @@ class CoordinationServicer(pb_grpc.CoordinationServiceServicer):
         out.train.update = kinds[spec.update_kind]
         out.train.update_dtype = types_pb2.Dtype.Value(f"DTYPE_{WIRE_DTYPES[spec.update_dtype]}")
         out.train.max_update_bytes = await self._access.update_limit(task)
+        if (limits := spec.work.limits(row.given_steps)).table:
+            out.train.limits.CopyFrom(_limits(limits))
         return out
 
     @translated
@@ -161,6 +167,8 @@ class CoordinationServicer(pb_grpc.CoordinationServiceServicer):
             request.steps,
             request.metrics,
             seconds=request.compute_seconds,
+            examples_seen=request.examples_seen,
+            cut=request.cut,
         )
         verdict = await self._completions.complete(site.name, request.token, claim, _COMPLETE_WAIT)
         if verdict is None:
@@ -218,6 +226,15 @@ class CoordinationServicer(pb_grpc.CoordinationServiceServicer):
         if await self._sites.deregister(site, site.row.session or b""):
             await self._engine.release(site.name)
         return pb.DeregisterClientResponse()
+
+
+def _limits(asked: WorkLimits) -> pb.WorkLimits:
+    return pb.WorkLimits(
+        steps=asked.steps or 0,
+        epochs=asked.epochs or 0,
+        examples=asked.examples or 0,
+        max_seconds=asked.max_seconds or 0.0,
+    )
 
 
 def _describe(request: pb.FailTaskRequest) -> str:

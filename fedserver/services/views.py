@@ -10,13 +10,16 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from fedlink.v1 import admin_service_pb2 as pb
 from fedlink.v1 import types_pb2
+from fedserver.rounds.calibration import Measured
 from fedserver.rounds.explain import Doing, Wait
+from fedserver.rounds.sharing import usual
 from fedserver.runtime.board import OpenTask
 from fedserver.runtime.integrity import Finding
 from fedserver.runtime.planning import Plan
 from fedserver.runtime.prediction import Prediction, Transfers
 from fedserver.runtime.sites import Site
-from fedserver.store.rows import ModelRow, RoundRow, RunRow, TaskRow, VersionRow
+from fedserver.runtime.speeds import trainings
+from fedserver.store.rows import ModelRow, RoundRow, RunRow, SpeedRow, TaskRow, VersionRow
 
 
 def timestamp(seconds: float) -> Timestamp:
@@ -41,6 +44,11 @@ def run_message(row: RunRow, waiting: str) -> pb.Run:
     )
     if row.ended is not None:
         out.ended.CopyFrom(timestamp(row.ended))
+    if row.calibration is not None:
+        measured = Measured.parse(row.calibration)
+        for name in sorted({*measured.settings, *measured.own}):
+            found = {site: values[name] for site, values in measured.sites.items() if name in values}
+            out.measured.add(name=name, value=measured.settings.get(name), sites=found)
     if row.prediction is not None:
         out.prediction.CopyFrom(prediction_message(Prediction.parse(row.prediction)))
     return out
@@ -141,6 +149,9 @@ def task_message(row: TaskRow, live: OpenTask | None) -> pb.TaskRecord:
         num_examples=row.num_examples,
         steps=row.steps,
         compute_seconds=row.compute_seconds,
+        given_steps=row.given_steps or 0,
+        examples_seen=row.examples_seen,
+        cut=row.cut,
         metrics=live.metrics if live else row.values,
         update_digest=row.update_digest or b"",
         issued=timestamp(row.issued),
@@ -150,7 +161,22 @@ def task_message(row: TaskRow, live: OpenTask | None) -> pb.TaskRecord:
     return out
 
 
-def client_message(site: Site, *, connected: bool) -> pb.Client:
+def speed_message(row: SpeedRow, run: int | None = None) -> pb.Speed:
+    """How fast a site trains a workload; in one run, if it has trained in it."""
+    known = trainings(row)
+    found = usual(known, run)
+    if found is None:
+        return pb.Speed(client=row.client, workload=row.workload)
+    return pb.Speed(
+        client=row.client,
+        workload=row.workload,
+        steps_per_second=found.steps_per_second,
+        examples_per_second=found.examples_per_second,
+        trainings=sum(t.run == run for t in known) or len(known),
+    )
+
+
+def client_message(site: Site, speeds: Sequence[SpeedRow], *, connected: bool) -> pb.Client:
     """A site."""
     out = pb.Client(
         name=site.name,
@@ -160,6 +186,7 @@ def client_message(site: Site, *, connected: bool) -> pb.Client:
         workloads=sorted(site.offers),
         software_version=site.registration.software_version[:64],
         devices=site.registration.devices,
+        speeds=[speed_message(row) for row in speeds],
     )
     if site.last_seen:
         out.last_seen.CopyFrom(timestamp(site.last_seen))

@@ -20,7 +20,7 @@ from fedserver.store.disk import Disk, disk_full, disk_unwritable, refuse_networ
 
 T = TypeVar("T")
 
-SCHEMA_REVISION = "0003"
+SCHEMA_REVISION = "0005"
 """The newest revision in migrations/versions."""
 _BATCH = 64
 """Transactions that may share one commit."""

@@ -73,11 +73,14 @@ class RunRow(_Record):
     prediction: str | None
     created: float
     ended: float | None
+    calibration: str | None
 
     @cached_property
     def parsed(self) -> RunSpec:
-        """Its run file."""
-        return RunSpec.model_validate_json(self.spec)
+        """Its run file, with the numbers that were measured for all sites in place of "auto"."""
+        spec = RunSpec.model_validate_json(self.spec)
+        measured = json.loads(self.calibration)["settings"] if self.calibration else {}
+        return spec.model_copy(update={"settings": {**spec.settings, **measured}}) if measured else spec
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,9 @@ class TaskRow(_Record):
     num_examples: int
     steps: int
     compute_seconds: float
+    given_steps: int | None
+    examples_seen: int
+    cut: str
     metrics: str
     bytes_down: int
     bytes_up: int
@@ -156,6 +162,20 @@ class TaskRow(_Record):
         """The metrics that the site let out."""
         out: dict[str, float] = json.loads(self.metrics)
         return out
+
+
+@dataclass(frozen=True)
+class SpeedRow(_Record):
+    """How fast a site trains a workload."""
+
+    client: str
+    workload: str
+    samples: str
+
+    @property
+    def values(self) -> list[tuple[int, float, float]]:
+        """The run's id, steps a second and examples a second of its last trainings, newest last."""
+        return [(int(run), float(steps), float(examples)) for run, steps, examples in json.loads(self.samples)]
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,7 @@ runs = Table(
     Column("prediction", Text, comment="what it was to move and take, when it was created; null for older runs"),
     Column("created", Float, nullable=False),
     Column("ended", Float),
+    Column("calibration", Text, comment="what sites measured for settings that are auto; null before, or if none is"),
 )
 
 versions = Table(
@@ -113,9 +114,9 @@ tasks = Table(
     Column("id", Integer, primary_key=True),
     Column("token", LargeBinary, nullable=False, unique=True),
     Column("run_id", ForeignKey("runs.id"), nullable=False),
-    Column("kind", String(16), nullable=False, comment="train or evaluate"),
-    Column("round", Integer, nullable=False, comment="evaluate: 0"),
-    Column("round_attempt", Integer, nullable=False, comment="evaluate: 0"),
+    Column("kind", String(16), nullable=False, comment="train, evaluate or calibrate"),
+    Column("round", Integer, nullable=False, comment="0 but for train"),
+    Column("round_attempt", Integer, nullable=False, comment="0 but for train"),
     Column("version", Integer, nullable=False, comment="to start from, or to evaluate"),
     Column("client", String(64), nullable=False),
     Column("attempt", Integer, nullable=False),
@@ -127,6 +128,9 @@ tasks = Table(
     Column("num_examples", BigInteger, nullable=False, default=0),
     Column("steps", BigInteger, nullable=False, default=0),
     Column("compute_seconds", Float, nullable=False, default=0.0),
+    Column("given_steps", BigInteger, comment="that it was limited to; null: it was not"),
+    Column("examples_seen", BigInteger, nullable=False, default=0, comment="that its steps used; 0: not known"),
+    Column("cut", String(32), nullable=False, default="", comment="which limit ended it early"),
     Column("metrics", Text, nullable=False, default="{}"),
     Column("bytes_down", BigInteger, nullable=False, default=0),
     Column("bytes_up", BigInteger, nullable=False, default=0),
@@ -134,6 +138,17 @@ tasks = Table(
     Column("ended", Float),
     UniqueConstraint("run_id", "kind", "round", "round_attempt", "version", "client", "attempt"),
     Index("tasks_by_state", "state"),
+)
+
+speeds = Table(
+    "speeds",
+    metadata,
+    Column("client", String(64), primary_key=True),
+    Column("workload", String(64), primary_key=True),
+    Column(
+        "samples", Text, nullable=False, comment="[run's id, steps/s, examples/s] of its last trainings, newest last"
+    ),
+    comment="How fast each site trains.",
 )
 
 uploads = Table(

@@ -9,10 +9,10 @@ PROTOCOL_VERSION = 1
 """The contract in protos/fedlink/v1 that this release speaks."""
 MIN_PROTOCOL_VERSION = 1
 """The oldest contract that this release still serves and accepts."""
-FEATURES = ("delta", "gradient", "evaluate", "metrics", "reopen", "probe")
+FEATURES = ("delta", "gradient", "evaluate", "calibrate", "metrics", "reopen", "probe")
 """Optional abilities of this release, by name, exchanged at registration.
 
-delta, gradient: kinds of updates. evaluate: evaluation tasks. metrics: ReportMetrics.
-reopen: PollTask hands out a held task again if its update was lost on the server.
-probe: ProbeDownload and ProbeUpload.
+delta, gradient: kinds of updates. evaluate: evaluation tasks. calibrate: tasks that measure
+settings. metrics: ReportMetrics. reopen: PollTask hands out a held task again if its
+update was lost on the server. probe: ProbeDownload and ProbeUpload.
 """

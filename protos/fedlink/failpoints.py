@@ -28,6 +28,8 @@ LOG_VARIABLE = "FEDLINK_FAILPOINTS_LOG"
 SERVER: Mapping[str, str] = {
     "server.recovered": "what an earlier life left is swept, nothing is served yet",
     "run.created": "a run is recorded, nobody drives it yet",
+    "calibration.issued": "tasks to measure settings are recorded, no site can see them",
+    "calibration.closed": "what sites have measured is recorded, nothing in memory knows",
     "round.opened": "a round is recorded, its cohort is not drawn",
     "round.issued": "tasks are recorded, no site can see them",
     "round.reissued": "a further attempt is recorded, the site cannot see it",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from fedlink.config import Config, Name, Seconds
+from fedlink.work import RunWork
 
 if TYPE_CHECKING:
     from fedlink.tensors import Kind
@@ -63,6 +64,15 @@ class Cohort(Config):
         return self
 
 
+class Calibration(Config):
+    """Measuring the settings that a run gives as "auto", before its first round."""
+
+    own: tuple[str, ...] = Field(("batch_size",), max_length=64)
+    """Settings that each site trains with its own value of; of all others the sites' median goes for all."""
+    deadline: Seconds = Field(1800.0, gt=0)
+    """Seconds the first round waits at most for what sites measure."""
+
+
 class ServerOptimizer(Config):
     """How the reduced update moves the model."""
 
@@ -111,7 +121,9 @@ class RunSpec(Config):
     update_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     settings: Mapping[str, Any] = Field(default_factory=dict)
     """What the trainer reads; checked against the schema of each site's workload."""
+    work: RunWork = RunWork()
     cohort: Cohort = Cohort()
+    calibration: Calibration = Calibration()
     server_optimizer: ServerOptimizer = ServerOptimizer()
     evaluation: Evaluation = Evaluation()
     stop: Stop | None = None
@@ -138,6 +150,8 @@ class RunSpec(Config):
     def _consistent(self) -> Self:
         if self.strategy == "fedsgd" and "learning_rate" not in self.server_optimizer.model_fields_set:
             raise ValueError('strategy = "fedsgd" needs [server_optimizer] learning_rate')
+        if self.strategy == "fedsgd" and self.work.model_fields_set:
+            raise ValueError('[work] is for strategy = "fedavg": a gradient is of all examples')
         if self.stop and not self.evaluation.enabled:
             raise ValueError("[stop] needs evaluation")
         return self

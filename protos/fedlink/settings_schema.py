@@ -6,9 +6,10 @@ daemon check every run's settings. The subset (docs/protocol.md, "Settings"):
     {"type": "object", "additionalProperties": false, "required": [NAME, ...],
      "properties": {NAME: {"type": "integer" | "number" | "boolean" | "string" | "array",
                            "description": TEXT, "default": VALUE, "enum": [VALUE, ...],
-                           "minimum": N, "maximum": N, "items": {...}}}}
+                           "minimum": N, "maximum": N, "auto": BOOLEAN, "items": {...}}}}
 
-`items` belongs to arrays and describes a scalar; `minimum` and `maximum` belong to numbers.
+`items` belongs to arrays and describes a scalar; `minimum` and `maximum` belong to numbers. Where `auto` is true, a
+number may also be given as the text "auto": the site then measures what it should be.
 An integer is a JSON number without fraction or exponent, so 4 is one and 4.0 is not; a number may be either.
 """
 
@@ -30,6 +31,9 @@ MAX_SETTINGS = 256
 """Settings one workload may have."""
 MAX_ENUM = 256
 """Values one setting may be chosen from."""
+
+AUTO = "auto"
+"""What a run gives for a number that is to be measured."""
 
 _INT64 = 1 << 63
 _SETTING_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
@@ -71,11 +75,15 @@ class Property(_Described):
 
     type: Literal["integer", "number", "boolean", "string", "array"]
     items: Item | None = None
+    auto: bool = False
+    """Whether a run may give `AUTO` for the number."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if (self.type == "array") != (self.items is not None):
             raise ValueError("an array, and nothing else, has items")
+        if self.auto and self.type not in ("integer", "number"):
+            raise ValueError("only numbers can be measured, and are auto")
         _check_description(self)
         return self
 
@@ -166,7 +174,17 @@ def check_settings(schema: Schema, settings: Mapping[str, Any]) -> list[str]:
     return wrong
 
 
+def open_settings(schema: Schema, settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the numbers that a run leaves to measurement, by what it says or by default, in order."""
+    return tuple(
+        sorted(n for n, known in schema.properties.items() if known.auto and settings.get(n, known.default) == AUTO)
+    )
+
+
 def _check_value(described: Item | Property, value: Any) -> list[str]:
+    if isinstance(described, Property) and value == AUTO and described.type in ("integer", "number"):
+        cannot = f'"{AUTO}": the site cannot measure it (its workload or release); give a number'
+        return [] if described.auto else [cannot]
     if not _is_a(described.type, value):
         return [f"{_short(value)} is not {_an(described.type)}"]
     if isinstance(described, Property) and described.items is not None:
@@ -214,7 +232,8 @@ def _narrow_property(name: str, known: Property, low: float | None, high: float 
         fields["minimum"] = _whole(max(lows))
     if highs:
         fields["maximum"] = _whole(min(highs))
-    if "default" in fields and not max(lows, default=-math.inf) <= fields["default"] <= min(highs, default=math.inf):
+    least, greatest = max(lows, default=-math.inf), min(highs, default=math.inf)
+    if fields.get("default", AUTO) != AUTO and not least <= fields["default"] <= greatest:
         del fields["default"]
     return Property.checked(fields, f"limits.{name}")
 

@@ -160,6 +160,14 @@ def test_a_line_for_each_check_and_a_count(federation: Federation) -> None:
     assert lines[-1] == "12 checks: 12 ok"
 
 
+def test_a_share_that_cannot_be_counted(federation: Federation) -> None:
+    site = drifting(federation, "uncounted", options={"share": {"examples": 5}})
+    report = examined(site, code=1)
+    assert outcomes(report) == {"training-step": "failed"}
+    assert "the limit 'examples'" in report["training-step"]["found"]
+    assert "ctx.saw(n)" in report["training-step"]["found"]
+
+
 def test_what_to_do_is_indented_below(federation: Federation) -> None:
     site = drifting(federation, "advice", extra={"insecure": True, "cache_limit": 1 << 60})
     lines = call("fedclient", "doctor", "--config", str(site.config), "--skip-training-step").stdout.splitlines()

@@ -24,6 +24,7 @@ _FIXED = {
     "nothing-happens": "",
     "recovered": "server:version.stored@1,server:server.recovered@1,a:client.registered@1",
     "run-created": "server:run.created@1,b:journal.fetched@1",
+    "calibration": "server:calibration.issued@1,server:calibration.closed@1",
     "round-opened": "server:round.opened@2,c:task.kept@2",
     "round-issued": "server:round.issued@1,a:download.listed@3",
     "round-closed": "server:round.closed@2,b:download.written@20",
@@ -67,6 +68,7 @@ _FIXED = {
     "late-site-and-server": "b:update.sent@1,server:update.judged@2",
 }
 _SETTINGS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
+    "calibration": {"settings": {"strength": "auto"}},
     "updates-forgotten": LEAN,
     "versions-retired": LEAN,
     "blob-unlinked": LEAN,

@@ -47,6 +47,15 @@ def spec(**table) -> RunSpec:
     return RunSpec.model_validate({"workload": "w", "rounds": 3, "seed": 11} | table)
 
 
+async def test_the_share_of_the_site_and_the_work_of_the_run_count_here_too(tmp_path):
+    alone = make_site(tmp_path / "alone")
+    run = await train_local(alone, spec(rounds=1, work={"steps": "balanced", "mean_steps": 2}))
+    assert (run.versions[1].steps, run.versions[1].train_examples) == (2, 17)
+    small = make_site(tmp_path / "small", share={"steps": 1})
+    run = await train_local(small, spec(rounds=1, work={"steps": 2}))
+    assert (run.versions[1].steps, run.versions[1].train_examples) == (1, 9)
+
+
 async def test_rounds_follow_one_another(site, tmp_path):
     seen = []
     run = await train_local(site, spec(), output=tmp_path / "last.safetensors", on_version=seen.append)

@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fedclient.launch import FailReason, Trainer, TrainerFailed, Write
+from fedclient.launch import FailReason, Job, JobKind, Trainer, TrainerFailed, Write
 from fedclient.settings import SiteSettings, load_site
 from tests.support.federation import program, until
 from tests.support.interrupted import ALWAYS
 from tests.support.tiny_models import reviews, save_bert, save_llama, write_jsonl
-from tests.support.trainers import arrays, describe_model, evaluate, init, make_site, make_trainer, train
+from tests.support.trainers import arrays, describe_model, evaluate, ignore, init, make_site, make_trainer, train
 
 TOLERANCE = 2e-5
 """Between updates of one and of several processes, for numbers of 0.01 to 1: sums of float32 in another order."""
@@ -297,6 +297,39 @@ async def test_where_there_is_one_process_nothing_is_shared(tmp_path: Path):
         model = await init(trainer, tmp_path / "model")
         assert (await train(trainer, model, tmp_path / "out")).metrics["seen"] == 2 * 33
         assert not (site.state_dir / "ranks-w-cpu").exists(), "nor started"
+    finally:
+        await trainer.close()
+
+
+def calibrate(model: Path, settings: dict[str, Any]) -> Job:
+    return Job(JobKind.CALIBRATE, settings=settings, client="site-1", run="r", model_dir=model)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+async def test_limits_and_what_is_measured_are_those_of_all_processes(tmp_path: Path, strategy: str):
+    trainer = make_trainer(user_site(tmp_path, 2, strategy, room=11))
+    try:
+        model = await init(trainer, tmp_path / "model", seed=3)
+        for i, says in enumerate((False, True)):
+            result = await train(trainer, model, tmp_path / f"{i}", settings={"says": says}, asked={"examples": 20})
+            assert (result.steps, result.examples_seen, result.cut) == (3, 24, "run examples")
+        # Rank 1's clock stands at another time altogether.
+        settings = {"pause": 0.1, "epochs": 200}
+        result = await train(trainer, model, tmp_path / "time", settings=settings, share={"max_seconds": 1.0})
+        assert 0 < result.steps < 11
+        epochs, steps = divmod(result.steps, 5)
+        assert (result.cut, result.examples_seen) == ("site max_seconds", 33 * epochs + 8 * steps)
+        settings = {"learning_rate": "auto"} | ({"batch_size": "auto"} if strategy == "ddp" else {})
+        result = await trainer.run(calibrate(model, settings), ignore)
+        assert result.found.get("batch_size", 11) == 11
+        assert result.found["learning_rate"] > 1e-6
+        again = await train(trainer, model, tmp_path / "measured", settings=settings)
+        assert again.steps == (6 if strategy == "ddp" else 10)
+        if strategy == "fsdp":
+            with pytest.raises(TrainerFailed) as caught:
+                await trainer.run(calibrate(model, {"batch_size": "auto"}), ignore)
+            assert 'batch_size = "auto" cannot be measured with strategy = "fsdp"' in caught.value.own_words
     finally:
         await trainer.close()
 

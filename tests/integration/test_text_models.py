@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fedclient.trainer import Context
+from fedclient.trainer.share import Limits, Share
 from fedclient.trainer.state import state_of
 from fedclient.trainer.text.finetuning import FineTuning
 from fedclient.trainer.text.pretrained import PretrainedError
@@ -259,6 +260,27 @@ def test_the_schedule_goes_over_the_whole_run(home: Path):
         ctx.log = lambda log=log, **m: (rates.append(m["learning_rate"]), log(**m))  # type: ignore[method-assign]
         found.train(built(found), ctx)
     assert rates == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
+
+
+def test_the_schedule_and_the_weight_follow_what_a_site_is_to_do(home: Path):
+    found = language(home)
+    rates: list[float] = []
+    for number, asked in ((1, 3), (2, 6)):
+        ctx = job(found, round=number, rounds=2, epochs=50, learning_rate=0.01, schedule="linear", warmup=0, floor=0)
+        ctx.begin(Share(Limits(steps=asked), Limits(steps=2 if number == 1 else None)))
+        log = ctx.log
+        ctx.log = lambda log=log, **m: (rates.append(m["learning_rate"]), log(**m))  # type: ignore[method-assign]
+        found.train(built(found), ctx)
+        assert ctx.step == (2 if number == 1 else 6)
+        whole = int(found.train_corpus.targets.sum())
+        assert ctx.counted() == ((4 * whole + 3) // 6 if number == 1 else whole)
+    # The first round goes down its half in two steps, the second one in six.
+    assert rates == pytest.approx([0.01, 0.0075, *(0.005 * (1 - step / 6) for step in range(6))])
+    ctx = job(found, epochs=50, batch_size=2, accumulation=2, optimizer="sgd")
+    ctx.begin(Share(own=Limits(examples=9)))
+    found.train(built(found), ctx)
+    assert ctx.cut == "site examples"
+    assert 9 <= ctx.examples_seen < 9 + 4
 
 
 def test_accumulated_batches_are_one_batch(home: Path):

@@ -108,8 +108,8 @@ async def test_an_adapter_that_peft_saved_begins_a_run(site: SiteSettings, tmp_p
     text = (
         SITE.partition("[workload.w.parameters]")[0] + f"[workload.w.lora]\nrank = 4\ntargets = {json.dumps(TARGETS)}\n"
     )
-    (tmp_path / "site.toml").write_text(text)
-    with pytest.raises(FedlinkError, match=r"lora_alpha 32 instead of 16.0: say the same in \[workload.w.lora\]"):
+    (tmp_path / "site.toml").write_text(text.replace("rank = 4", "rank = 2"))
+    with pytest.raises(FedlinkError, match=r"has rank 4 instead of 2, alpha 32 instead of 16.0: say the same in \[w"):
         await init_model(load_site(tmp_path / "site.toml"), "w", tmp_path / "start", weights=tmp_path / "peft")
     assert not (tmp_path / "start").exists()
     (tmp_path / "site.toml").write_text(text + "alpha = 32\n")
@@ -161,4 +161,6 @@ async def test_what_is_wrong_with_the_data_is_said_by_file_and_row(site: SiteSet
     await trainer.close()
     assert caught.value.exception_class == "DataError"
     first = caught.value.output.partition("\n")[0]
-    assert first.endswith("b.jsonl, row 1: its label is neither one of the 2 labels nor the number of one, from 0")
+    assert first.endswith(
+        "b.jsonl, row 1: its label is neither one of the 2 labels (neg, pos) nor the number of one, from 0"
+    )

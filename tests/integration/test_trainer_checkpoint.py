@@ -140,6 +140,26 @@ async def test_torch_with_everything_that_has_a_state(tmp_path: Path, monkeypatc
     await bench.trainer.close()
 
 
+@pytest.mark.parametrize(("trainer", "killed_at", "steps"), [("steady:Steady", 4, 6), ("steadynet:SteadyNet", 3, 6)])
+async def test_limits_of_the_run_and_of_the_site_reach_a_class_and_outlast_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer: str, killed_at: int, steps: int
+) -> None:
+    bench = Bench(tmp_path, trainer)
+    await init(bench.trainer, tmp_path / "model")
+    # Two loops: of 2 and 8 steps in numpy, of 8 and 8 in torch, where the second makes one pass all the same.
+    limits: dict[str, Any] = {"asked": {"steps": 6 if trainer.startswith("steady:") else 5, "max_seconds": 1e6}}
+    whole = await bench.train(every=0, **limits)
+    assert (whole.steps, whole.cut) == (steps, "run steps")
+    await bench.killed(monkeypatch, f"trainer.step@{killed_at}", **limits)
+    resumed = await bench.train(**limits)
+    assert bench.notes == [(RESUMED, killed_at - 1)]
+    assert raw_tensors(*resumed.files) == raw_tensors(*whole.files)
+    assert (resumed.steps, resumed.examples_seen, resumed.cut) == (whole.steps, whole.examples_seen, whole.cut)
+    own = await bench.train(every=0, share={"steps": 4}, **limits)
+    assert (own.steps, own.cut) == (5 if steps == 6 and "net" in trainer else 4, "site steps")
+    await bench.trainer.close()
+
+
 async def test_what_is_no_good_is_put_aside_and_training_begins_anew(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:

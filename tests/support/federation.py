@@ -226,7 +226,7 @@ class Site:
     Args:
         federation: where it belongs.
         name: of the site.
-        trainer: MODULE:Class; MODULE.py is taken from tests/support/classes unless `source` names it.
+        trainer: MODULE:Class, or a script; MODULE.py is taken from tests/support/classes unless `source` names it.
         workload: what the workload is called.
         source: file of the module.
         data: `[workload.NAME.data]`; `control` is added.
@@ -253,11 +253,14 @@ class Site:
         self.directory = federation.root / "sites" / name
         self.control = self.directory / "control"
         self.control.mkdir(parents=True)
-        module = trainer.partition(":")[0]
-        shutil.copy(source or CLASSES / f"{module}.py", self.directory / f"{module}.py")
+        script = trainer.endswith(".py")
+        file = trainer if script else f"{trainer.partition(':')[0]}.py"
+        shutil.copy(source or CLASSES / file, self.directory / file)
         self.config = self.directory / "site.toml"
         table = {"name": name, "server": server or federation.address, "devices": ["cpu"], **(extra or {})}
-        offer = {"trainer": trainer, **(options or {}), "data": {"control": "control", **(data or {})}}
+        offer = {"trainer": trainer, **(options or {})}
+        if not script:
+            offer["data"] = {"control": "control", **(data or {})}
         self.config.write_text(toml({**table, "workload": {workload: offer}}))
         self.command = [program("fedclient"), "start", "--config", str(self.config)]
         self.daemon: Daemon | None = None

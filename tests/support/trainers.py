@@ -24,7 +24,8 @@ def make_site(directory: Path, trainer: str = "toy:Toy", **workload: Any) -> Sit
     directory.mkdir(parents=True, exist_ok=True)
     for source in SITE_FILES.glob("*.py"):
         shutil.copy(source, directory)
-    settings = WorkloadSettings(trainer=trainer, **({"stall_after": 30.0, "data": {"pids": "pids"}} | workload))
+    data = {} if trainer.endswith(".py") else {"data": {"pids": "pids"}}
+    settings = WorkloadSettings(trainer=trainer, **({"stall_after": 30.0} | data | workload))
     return SiteSettings(name="site-1", workload={"w": settings}, directory=directory, state_dir=directory / "state")
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from fedclient.aside import off_loop
 from fedclient.checks import CHECKS, Check, Examination, Finding, Outcome, disk, examine, finding, network, workloads
+from fedclient.checks.configuration import _workload
 from fedclient.checks.disk import check_disk
 from fedclient.checks.network import check_tls
 from fedclient.checks.rehearsal import _files, _timed
@@ -247,6 +248,15 @@ async def test_a_gpu_that_no_workload_sees(tmp_path: Path, monkeypatch: pytest.M
 def test_what_looks_like_a_path_in_a_data_table(tmp_path: Path, table: dict[str, Any], outcome: Outcome) -> None:
     (tmp_path / "here.csv").touch()
     assert _files("w", tmp_path, list(table.items())).outcome is outcome
+
+
+def test_a_script_that_is_missing(tmp_path: Path) -> None:
+    visit = visit_to(tmp_path, workload={"w": WorkloadSettings(trainer="train.py")})
+    (missing,) = _workload(visit, "w")
+    assert missing.outcome is Outcome.FAILED
+    assert missing.found == f"workload w: there is no script {tmp_path / 'train.py'}"
+    (tmp_path / "train.py").touch()
+    assert _workload(visit, "w") == []
 
 
 def test_what_a_step_took() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import BatchEncoding
 
-from fedclient.settings import DistributedSettings
+from fedclient.settings import DistributedSettings, WorkloadSettings
 from fedclient.trainer import Context
 from fedclient.trainer.replicas import OwnDraws
 from fedclient.trainer.team import CannotShareError, share_of
@@ -94,3 +94,10 @@ def test_one_process_is_no_matter_of_several() -> None:
     assert not DistributedSettings().alone
     with pytest.raises(ValueError, match="nodes and rendezvous belong together"):
         DistributedSettings(nodes=2)
+
+
+def test_a_script_takes_one_process() -> None:
+    WorkloadSettings.model_validate({"trainer": "train.py", "distributed": {"processes": 1}})
+    for several in ({}, {"processes": 2}, {"processes": 1, "nodes": 2, "rendezvous": "a:1"}):
+        with pytest.raises(ValueError, match=r"not for a script.*say processes = 1"):
+            WorkloadSettings.model_validate({"trainer": "train.py", "distributed": several})

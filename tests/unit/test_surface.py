@@ -20,6 +20,7 @@ COMMANDS = {
     "fedserver certificate site": "--days DIRECTORY NAMES",
     "fedserver client add": "--data-dir --rotate NAME",
     "fedserver client list": "--data-dir --json",
+    "fedserver client show": "--data-dir --json NAME",
     "fedserver client revoke": "--data-dir NAME",
     "fedserver drain": "--data-dir --json --timeout",
     "fedserver health": "--data-dir --json",

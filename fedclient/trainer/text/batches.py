@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedclient.trainer.team import Share
 from fedclient.trainer.text.corpus import IGNORED, Corpus
 
 Numbers = npt.NDArray[np.int64]
@@ -40,18 +41,23 @@ class Steps:
     accumulation: int
     rng: np.random.Generator
     """Draws the order; one of `Context.rng`, so that an interrupted epoch goes on."""
+    effective: int = 0
+    """Examples in a step, cut into as few batches as that takes; 0: `accumulation` full batches."""
 
     def __len__(self) -> int:
-        return math.ceil(self.count / (self.batch_size * self.accumulation))
+        return math.ceil(self.count / self._size)
+
+    @property
+    def _size(self) -> int:
+        return self.effective or self.batch_size * self.accumulation
 
     def __iter__(self) -> Iterator[list[Numbers]]:
         order = self.rng.permutation(self.count)
         return iter(self._steps(order))
 
     def _steps(self, order: Numbers) -> Iterator[list[Numbers]]:
-        size = self.batch_size * self.accumulation
-        for first in range(0, self.count, size):
-            step = order[first : first + size]
+        for first in range(0, self.count, self._size):
+            step = order[first : first + self._size]
             yield [step[at : at + self.batch_size] for at in range(0, len(step), self.batch_size)]
 
 
@@ -114,6 +120,11 @@ class Padding:
         if self.device.startswith("cuda"):
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
+
+
+def counting(loss: torch.Tensor, share: Share) -> torch.Tensor:
+    """The summed loss of a rank's part of a batch: nothing, if its examples are another rank's."""
+    return loss if share.own else loss * 0
 
 
 def second_text(ids: npt.NDArray[Any], separator: int) -> npt.NDArray[Any]:

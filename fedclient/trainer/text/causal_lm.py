@@ -16,9 +16,9 @@ from torch.nn.functional import cross_entropy
 from fedclient.trainer.api import Bounds, Context
 from fedclient.trainer.options import CausalOptions
 from fedclient.trainer.team import shares_work
-from fedclient.trainer.text.batches import Batch, Numbers, Padding, in_order_of_length
+from fedclient.trainer.text.batches import Batch, Numbers, Padding, counting, in_order_of_length
 from fedclient.trainer.text.corpus import IGNORED, Corpus
-from fedclient.trainer.text.finetuning import FineTuning, FineTuningSettings, counting
+from fedclient.trainer.text.finetuning import FineTuning, FineTuningSettings
 from fedclient.trainer.text.precision import Precision
 from fedclient.trainer.text.pretrained import options_of
 from fedclient.trainer.text.samples import write_samples

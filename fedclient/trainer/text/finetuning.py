@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy.typing as npt
 import torch
 
-from fedclient.trainer.api import Bounds, Context, Site, Workload
+from fedclient.trainer.adapters import adapter_file, adapter_names
+from fedclient.trainer.api import Bounds, Context, Site, Workload, measured
 from fedclient.trainer.options import DataOptions, Files, LoraOptions, ParameterOptions, PrecisionOptions
-from fedclient.trainer.team import Share, shares_work
+from fedclient.trainer.team import shares_work
 from fedclient.trainer.text import lora, optimizers, schedules
-from fedclient.trainer.text.batches import Batch, Numbers, Padding, Steps, in_order_of_length
+from fedclient.trainer.text.batches import Batch, Numbers, Padding, Steps, counting, in_order_of_length
+from fedclient.trainer.text.calibrating import Calibration
 from fedclient.trainer.text.corpus import Corpus
 from fedclient.trainer.text.keeping import KeptOptimizer
 from fedclient.trainer.text.meter import Meter
@@ -43,12 +46,14 @@ class FineTuningSettings(Workload.Settings):
     """Passes over the site's data in a round."""
     steps: Annotated[int, Bounds(0)] = 0
     """Optimizer steps in a round, instead of epochs; 0: epochs."""
-    batch_size: Annotated[int, Bounds(1)] = 8
+    batch_size: Annotated[int, Bounds(1)] | Literal["auto"] = 8
     """Examples in a forward pass."""
     accumulation: Annotated[int, Bounds(1)] = 1
     """Forward passes in an optimizer step."""
+    effective_batch_size: Annotated[int, Bounds(0)] = 0
+    """Examples in an optimizer step, in as many forward passes as that takes; 0: `batch_size` times `accumulation`."""
     optimizer: optimizers.Name = "adamw"
-    learning_rate: Annotated[float, Bounds(0)] = 5e-5
+    learning_rate: Annotated[float, Bounds(0)] | Literal["auto"] = 5e-5
     """The highest one of the schedule."""
     schedule: schedules.Name = "cosine"
     """What the rate does after the warm-up, over the whole run."""
@@ -71,6 +76,15 @@ class FineTuningSettings(Workload.Settings):
     """Examples in a forward pass of an evaluation."""
     eval_limit: Annotated[int, Bounds(0)] = 0
     """Evaluate so many examples only, the first ones; 0: all."""
+
+    def effective_batch(self, *, measured: bool = False) -> int:
+        """Examples in an optimizer step.
+
+        Args:
+            measured: the run gave `batch_size` as "auto": it only says how a step is cut.
+        """
+        size = FineTuningSettings.batch_size if measured else self.batch_size
+        return self.effective_batch_size or int(size) * self.accumulation
 
 
 class FineTuning(Workload):
@@ -164,6 +178,11 @@ class FineTuning(Workload):
         return corpus
 
     @cached_property
+    def train_weights(self) -> npt.NDArray[Any]:
+        """The `weights` of what is learned from."""
+        return self.weights(self.train_corpus)
+
+    @cached_property
     def test_corpus(self) -> Corpus | None:
         """What evaluations measure on; None if the site has nothing for it."""
         return self.make_corpus(self._paths(self.options.test)) if self.options.test else None
@@ -197,7 +216,7 @@ class FineTuning(Workload):
                 torch.manual_seed(_BASE_SEED)
                 base = self.pretrained.model(self.kind, self.config, dtype, new_head=self.new_head)
             model = lora.with_adapters(base, self.lora, self.task)
-            self._adapter_file = lora.adapter_file(model, Path(str(self.site.options["model"])).name)
+            self._adapter_file = adapter_file(model, Path(str(self.site.options["model"])).name)
         if self.precision.gradient_checkpointing:
             # What newer and older releases of transformers call it.
             names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
@@ -207,7 +226,7 @@ class FineTuning(Workload):
 
     def tensor_names(self, model: Any) -> Mapping[str, str]:
         """See `Workload`: with adapters, the names that peft gives them."""
-        return lora.adapter_names(model) if self.lora is not None else {}
+        return adapter_names(model) if self.lora is not None else {}
 
     def model_files(self) -> Mapping[str, bytes]:
         """See `Workload`: what `from_pretrained` needs besides the weights."""
@@ -229,8 +248,7 @@ class FineTuning(Workload):
         """See `Workload`."""
         settings: FineTuningSettings = ctx.settings
         self._job = ctx
-        corpus, padding = self.train_corpus, self.padding(ctx.device)
-        precision, weights = Precision(self.precision.autocast, ctx.device), self.weights(corpus)
+        corpus, precision = self.train_corpus, Precision(self.precision.autocast, ctx.device)
         optimizer = optimizers.make_optimizer(model, settings)
         kept = KeptOptimizer(self.site.kept, ctx) if settings.keep_optimizer and ctx.team.whole else None
         if kept:
@@ -239,31 +257,64 @@ class FineTuning(Workload):
             ctx.note("the optimizer begins anew: it is not kept where each process has a share of the model")
         meter = Meter(ctx)
         ctx.keep(optimizer=optimizer, scaler=precision.scaler, totals=meter.totals)
-        epoch = Steps(len(corpus), settings.batch_size, settings.accumulation, ctx.rng())
-        in_round = settings.steps or settings.epochs * len(epoch)
+        effective = settings.effective_batch(measured="batch_size" in ctx.measured)
+        epoch = Steps(len(corpus), int(settings.batch_size), settings.accumulation, ctx.rng(), effective)
+        in_round = ctx.expected_steps(
+            settings.steps or settings.epochs * len(epoch), epoch=len(epoch), examples=effective
+        )
         schedule = schedules.Schedule(
-            settings.schedule, settings.learning_rate, ctx.rounds * in_round, settings.warmup, settings.floor
+            settings.schedule, measured(settings.learning_rate), ctx.rounds * in_round, settings.warmup, settings.floor
         )
         before = (ctx.round - 1) * in_round
         for batches in ctx.batches(epoch, epochs=settings.epochs, steps=settings.steps or None, split=False):
             meter.begin_step()
-            optimizers.set_rate(optimizer, schedule.rate(before + ctx.step))
-            step_weight = sum(int(weights[numbers].sum()) for numbers in batches)
-            for numbers in batches:
-                share = ctx.team.share(numbers)
-                with meter.waiting():
-                    batch = self.make_batch(corpus, share.part, padding)
-                with precision.autocast():
-                    loss = counting(self.summed_loss(model, batch), share)
-                # The mean over the ranks is then the sum over all examples.
-                torch.autograd.backward(precision.scaler.scale(loss * ctx.world_size / step_weight))
-                meter.add(loss, int(weights[numbers].sum()))
-            self._step(optimizer, precision, settings.max_grad_norm)
+            ctx.saw(sum(map(len, batches)))
+            optimizers.set_rate(optimizer, schedule.rate(before + ctx.place(in_round)))
+            for loss, weight in self.gradients(model, batches, precision, ctx, meter.waiting):
+                meter.add(loss, weight)
+            self.step(optimizer, precision, settings.max_grad_norm)
             meter.end_step(optimizer.param_groups[0]["lr"], int(corpus.sizes[numbers_of(batches)].sum()))
         if kept:
             kept.save(optimizer)
         ctx.log(**self.data_metrics)
-        ctx.num_examples = int(weights.sum())
+        ctx.num_examples = int(self.train_weights.sum())
+
+    def calibrate(self, model: Any, ctx: Context) -> Mapping[str, float]:
+        """See `Workload`."""
+        self._job = ctx
+        return Calibration(self, model, ctx).found()
+
+    def gradients(
+        self,
+        model: Any,
+        batches: Sequence[Numbers],
+        precision: Precision,
+        ctx: Context,
+        waiting: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> Iterator[tuple[torch.Tensor, int]]:
+        """Add up the gradients of an optimizer step over batches of the training data.
+
+        Args:
+            model: what is trained.
+            batches: those of the step.
+            precision: how it computes.
+            ctx: the job.
+            waiting: held while a batch is made.
+
+        Yields:
+            The summed loss of this process' part of each batch, and what the whole batch weighs.
+        """
+        corpus, padding = self.train_corpus, self.padding(ctx.device)
+        counts = [int(self.train_weights[numbers].sum()) for numbers in batches]
+        for numbers, count in zip(batches, counts, strict=True):
+            share = ctx.team.share(numbers)
+            with waiting():
+                batch = self.make_batch(corpus, share.part, padding)
+            with precision.autocast():
+                loss = counting(self.summed_loss(model, batch), share)
+            # The mean over the ranks is then the sum over all examples.
+            torch.autograd.backward(precision.scaler.scale(loss * ctx.world_size / sum(counts)))
+            yield loss, count
 
     @shares_work
     def gradient(self, model: Any, ctx: Context) -> None:
@@ -273,7 +324,7 @@ class FineTuning(Workload):
         weights = self.weights(corpus)
         total = int(weights.sum())
         meter = Meter(ctx)
-        for numbers in ctx.batches(in_order_of_length(corpus, ctx.settings.batch_size), split=False):
+        for numbers in ctx.batches(in_order_of_length(corpus, int(ctx.settings.batch_size)), split=False):
             share = ctx.team.share(numbers)
             loss = counting(self.summed_loss(model, self.make_batch(corpus, share.part, padding)), share)
             torch.autograd.backward(loss * ctx.world_size / total)
@@ -281,7 +332,8 @@ class FineTuning(Workload):
             ctx.log(loss=meter.loss)
         ctx.num_examples = total
 
-    def _step(self, optimizer: torch.optim.Optimizer, precision: Precision, max_norm: float) -> None:
+    def step(self, optimizer: torch.optim.Optimizer, precision: Precision, max_norm: float) -> None:
+        """Move the weights along the gradients that there are, and clear them; longer ones than `max_norm` are cut."""
         precision.scaler.unscale_(optimizer)
         if max_norm:
             trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -292,11 +344,6 @@ class FineTuning(Workload):
 
     def _paths(self, files: Files) -> list[Path]:
         return [self.site.directory / name for name in ([files] if isinstance(files, str) else files)]
-
-
-def counting(loss: torch.Tensor, share: Share) -> torch.Tensor:
-    """The summed loss of a rank's part of a batch: nothing, if its examples are another rank's."""
-    return loss if share.own else loss * 0
 
 
 def numbers_of(batches: Sequence[Numbers]) -> list[int]:

@@ -7,6 +7,8 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from fedclient.trainer.api import measured
+
 Name = Literal["adamw", "adam", "sgd", "adafactor", "adagrad", "adamax", "nadam", "radam", "rmsprop"]
 
 _CLASSES: Mapping[str, type[torch.optim.Optimizer]] = {
@@ -34,8 +36,8 @@ class Wanted(Protocol):
         ...
 
     @property
-    def learning_rate(self) -> float:
-        """The rate that it begins with."""
+    def learning_rate(self) -> float | str:
+        """The rate that it begins with; measured by now."""
         ...
 
     @property
@@ -66,7 +68,7 @@ def make_optimizer(model: torch.nn.Module, wanted: Wanted) -> torch.optim.Optimi
         ValueError: nothing trains.
     """
     name = wanted.optimizer
-    options: dict[str, Any] = {"lr": wanted.learning_rate}
+    options: dict[str, Any] = {"lr": measured(wanted.learning_rate)}
     if name in _BETAS:
         options["betas"] = (wanted.beta1, wanted.beta2)
     if name in _MOMENTUM:

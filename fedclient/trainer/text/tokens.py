@@ -13,6 +13,7 @@ from fedclient.trainer.text.rows import DataError, Row, read_rows
 from fedclient.trainer.text.templates import CausalSource, Part, Source, as_text
 
 _CHUNK = 512
+_LABELS_NAMED = 20
 
 T = TypeVar("T")
 
@@ -133,7 +134,8 @@ def class_number(value: Any, names: Mapping[str, int]) -> int:
         return names[name]
     number = int(value) if isinstance(value, int) or (isinstance(value, str) and value.isdecimal()) else -1
     if not 0 <= number < len(names):
-        raise DataError(f"its label is neither one of the {len(names)} labels nor the number of one, from 0")
+        known = ", ".join(list(names)[:_LABELS_NAMED]) + (", ..." if len(names) > _LABELS_NAMED else "")
+        raise DataError(f"its label is neither one of the {len(names)} labels ({known}) nor the number of one, from 0")
     return number
 
 

@@ -78,6 +78,12 @@ def evaluation_tasks(c: Connection, run_id: int, version: int) -> list[TaskRow]:
     return [TaskRow.of(r) for r in c.execute(select(tasks).where(*where).order_by(tasks.c.client, tasks.c.attempt))]
 
 
+def calibration_tasks(c: Connection, run_id: int) -> list[TaskRow]:
+    """The tasks by which sites measure a run's settings, every attempt of every site."""
+    where = (tasks.c.run_id == run_id, tasks.c.kind == "calibrate")
+    return [TaskRow.of(r) for r in c.execute(select(tasks).where(*where).order_by(tasks.c.client, tasks.c.attempt))]
+
+
 def versions_in_use(c: Connection, run_id: int) -> set[int]:
     """Versions that an open task of the run refers to."""
     where = (tasks.c.run_id == run_id, tasks.c.state.in_(OPEN_STATES))

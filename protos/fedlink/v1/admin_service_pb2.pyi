@@ -79,6 +79,8 @@ class Run(_message.Message):
     ENDED_FIELD_NUMBER: _builtins.int
     PREDICTION_FIELD_NUMBER: _builtins.int
     USED_FIELD_NUMBER: _builtins.int
+    SPEEDS_FIELD_NUMBER: _builtins.int
+    MEASURED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Unique name."""
     spec_json: _builtins.str
@@ -115,6 +117,16 @@ class Run(_message.Message):
     def used(self) -> _containers.RepeatedCompositeFieldContainer[Global___RoundUse]:
         """What its newest rounds have used, at most ten, oldest first. Only by GetRun."""
 
+    @_builtins.property
+    def speeds(self) -> _containers.RepeatedCompositeFieldContainer[Global___Speed]:
+        """How fast each site trains its workload, in order of their names. Only by
+        GetRun.
+        """
+
+    @_builtins.property
+    def measured(self) -> _containers.RepeatedCompositeFieldContainer[Global___MeasuredSetting]:
+        """The settings that were given as "auto" and have been measured, by name."""
+
     def __init__(
         self,
         *,
@@ -130,16 +142,72 @@ class Run(_message.Message):
         ended: _timestamp_pb2.Timestamp | None = ...,
         prediction: Global___Prediction | None = ...,
         used: _abc.Iterable[Global___RoundUse] | None = ...,
+        speeds: _abc.Iterable[Global___Speed] | None = ...,
+        measured: _abc.Iterable[Global___MeasuredSetting] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_best_version", b"_best_version", "best_version", b"best_version", "created", b"created", "ended", b"ended", "prediction", b"prediction"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_version", b"_best_version", "best_version", b"best_version", "created", b"created", "ended", b"ended", "name", b"name", "prediction", b"prediction", "reason", b"reason", "rounds", b"rounds", "spec_json", b"spec_json", "state", b"state", "used", b"used", "version", b"version", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_version", b"_best_version", "best_version", b"best_version", "created", b"created", "ended", b"ended", "measured", b"measured", "name", b"name", "prediction", b"prediction", "reason", b"reason", "rounds", b"rounds", "spec_json", b"spec_json", "speeds", b"speeds", "state", b"state", "used", b"used", "version", b"version", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__best_version: _TypeAlias = _typing.Literal["best_version"]  # noqa: Y015
     _WhichOneofArgType__best_version: _TypeAlias = _typing.Literal["_best_version", b"_best_version"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__best_version) -> _WhichOneofReturnType__best_version | None: ...
 
 Global___Run: _TypeAlias = Run  # noqa: Y015
+
+@_typing.final
+class MeasuredSetting(_message.Message):
+    """MeasuredSetting is a setting that sites have measured before the first round."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class SitesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    SITES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name of the setting."""
+    value: _builtins.float
+    """What every site trains with. Not set: each trains with its own."""
+    @_builtins.property
+    def sites(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """What each site found, by its name."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        value: _builtins.float | None = ...,
+        sites: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_value", b"_value", "value", b"value"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_value", b"_value", "name", b"name", "sites", b"sites", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__value: _TypeAlias = _typing.Literal["value"]  # noqa: Y015
+    _WhichOneofArgType__value: _TypeAlias = _typing.Literal["_value", b"_value"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__value) -> _WhichOneofReturnType__value | None: ...
+
+Global___MeasuredSetting: _TypeAlias = MeasuredSetting  # noqa: Y015
 
 @_typing.final
 class Prediction(_message.Message):
@@ -437,10 +505,13 @@ class TaskRecord(_message.Message):
     UPDATE_DIGEST_FIELD_NUMBER: _builtins.int
     ISSUED_FIELD_NUMBER: _builtins.int
     ENDED_FIELD_NUMBER: _builtins.int
+    GIVEN_STEPS_FIELD_NUMBER: _builtins.int
+    EXAMPLES_SEEN_FIELD_NUMBER: _builtins.int
+    CUT_FIELD_NUMBER: _builtins.int
     client: _builtins.str
     """Whose."""
     kind: _builtins.str
-    """"train" or "evaluate"."""
+    """"train", "evaluate" or "calibrate"."""
     state: _types_pb2.TaskState.ValueType
     """Where it stands."""
     attempt: _builtins.int
@@ -457,6 +528,14 @@ class TaskRecord(_message.Message):
     """Seconds the trainer worked."""
     update_digest: _builtins.bytes
     """Digest of the update's manifest."""
+    given_steps: _builtins.int
+    """Steps that the task was limited to; 0: it was not."""
+    examples_seen: _builtins.int
+    """Examples that its steps used; 0 if not known."""
+    cut: _builtins.str
+    """Which limit ended the training before its loops were over, as in
+    CompleteTaskRequest.
+    """
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Metrics the site let out."""
@@ -485,14 +564,57 @@ class TaskRecord(_message.Message):
         update_digest: _builtins.bytes = ...,
         issued: _timestamp_pb2.Timestamp | None = ...,
         ended: _timestamp_pb2.Timestamp | None = ...,
+        given_steps: _builtins.int = ...,
+        examples_seen: _builtins.int = ...,
+        cut: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "issued", b"issued"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "client", b"client", "compute_seconds", b"compute_seconds", "ended", b"ended", "issued", b"issued", "kind", b"kind", "message", b"message", "metrics", b"metrics", "num_examples", b"num_examples", "reason", b"reason", "state", b"state", "steps", b"steps", "update_digest", b"update_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "client", b"client", "compute_seconds", b"compute_seconds", "cut", b"cut", "ended", b"ended", "examples_seen", b"examples_seen", "given_steps", b"given_steps", "issued", b"issued", "kind", b"kind", "message", b"message", "metrics", b"metrics", "num_examples", b"num_examples", "reason", b"reason", "state", b"state", "steps", b"steps", "update_digest", b"update_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TaskRecord: _TypeAlias = TaskRecord  # noqa: Y015
+
+@_typing.final
+class Speed(_message.Message):
+    """Speed is how fast a site trains a workload: medians of its last trainings that
+    were accepted.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLIENT_FIELD_NUMBER: _builtins.int
+    WORKLOAD_FIELD_NUMBER: _builtins.int
+    STEPS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    EXAMPLES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    TRAININGS_FIELD_NUMBER: _builtins.int
+    client: _builtins.str
+    """Name of the site."""
+    workload: _builtins.str
+    """Name of the workload."""
+    steps_per_second: _builtins.float
+    """Steps a second."""
+    examples_per_second: _builtins.float
+    """Examples a second; 0 if the workload does not show them."""
+    trainings: _builtins.int
+    """Trainings that it is the median of."""
+    def __init__(
+        self,
+        *,
+        client: _builtins.str = ...,
+        workload: _builtins.str = ...,
+        steps_per_second: _builtins.float = ...,
+        examples_per_second: _builtins.float = ...,
+        trainings: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "examples_per_second", b"examples_per_second", "steps_per_second", b"steps_per_second", "trainings", b"trainings", "workload", b"workload"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Speed: _TypeAlias = Speed  # noqa: Y015
 
 @_typing.final
 class Client(_message.Message):
@@ -508,6 +630,7 @@ class Client(_message.Message):
     WORKLOADS_FIELD_NUMBER: _builtins.int
     SOFTWARE_VERSION_FIELD_NUMBER: _builtins.int
     DEVICES_FIELD_NUMBER: _builtins.int
+    SPEEDS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Unique name."""
     admitted: _builtins.bool
@@ -530,6 +653,10 @@ class Client(_message.Message):
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Device]:
         """Its devices."""
 
+    @_builtins.property
+    def speeds(self) -> _containers.RepeatedCompositeFieldContainer[Global___Speed]:
+        """How fast it trains, one entry for each workload that it has trained."""
+
     def __init__(
         self,
         *,
@@ -541,10 +668,11 @@ class Client(_message.Message):
         workloads: _abc.Iterable[_builtins.str] | None = ...,
         software_version: _builtins.str = ...,
         devices: _abc.Iterable[_types_pb2.Device] | None = ...,
+        speeds: _abc.Iterable[Global___Speed] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["last_seen", b"last_seen"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "connected", b"connected", "devices", b"devices", "last_seen", b"last_seen", "name", b"name", "revoked", b"revoked", "software_version", b"software_version", "workloads", b"workloads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "connected", b"connected", "devices", b"devices", "last_seen", b"last_seen", "name", b"name", "revoked", b"revoked", "software_version", b"software_version", "speeds", b"speeds", "workloads", b"workloads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -27,7 +27,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%fedlink/v1/coordination_service.proto\x12\nfedlink.v1\x1a\x16\x66\x65\x64link/v1/types.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x16\n\x14GetServerInfoRequest\"\xa5\x01\n\x15GetServerInfoResponse\x12\x18\n\x10software_version\x18\x01 \x01(\t\x12\x18\n\x10protocol_version\x18\x02 \x01(\r\x12\x1c\n\x14min_protocol_version\x18\x03 \x01(\r\x12\x10\n\x08\x66\x65\x61tures\x18\x04 \x03(\t\x12(\n\x04time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xc1\x02\n\x15RegisterClientRequest\x12\x13\n\x0binstance_id\x18\x01 \x01(\x0c\x12\x18\n\x10protocol_version\x18\x02 \x01(\r\x12\x18\n\x10software_version\x18\x03 \x01(\t\x12\x10\n\x08\x66\x65\x61tures\x18\x04 \x03(\t\x12\x42\n\tworkloads\x18\x05 \x03(\x0b\x32/.fedlink.v1.RegisterClientRequest.WorkloadOffer\x12#\n\x07\x64\x65vices\x18\x06 \x03(\x0b\x32\x12.fedlink.v1.Device\x1a\x64\n\rWorkloadOffer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1c\n\x14settings_schema_json\x18\x02 \x01(\t\x12\x11\n\tabilities\x18\x03 \x03(\t\x12\x14\n\x0c\x61llowed_runs\x18\x04 \x03(\t\"\xd2\x01\n\x16RegisterClientResponse\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x13\n\x0b\x63lient_name\x18\x02 \x01(\t\x12-\n\nlease_term\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\rmax_poll_wait\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x31\n\x06server\x18\x05 \x01(\x0b\x32!.fedlink.v1.GetServerInfoResponse\"O\n\x0fPollTaskRequest\x12\x13\n\x0bheld_tokens\x18\x01 \x03(\x0c\x12\'\n\x04wait\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x89\x01\n\x10PollTaskResponse\x12#\n\x04task\x18\x01 \x01(\x0b\x32\x10.fedlink.v1.TaskH\x00\x88\x01\x01\x12\x17\n\x0freleased_tokens\x18\x02 \x03(\x0c\x12.\n\x0bretry_after\x18\x03 \x01(\x0b\x32\x19.google.protobuf.DurationB\x07\n\x05_task\"\xca\x02\n\x04Task\x12\r\n\x05token\x18\x01 \x01(\x0c\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\r\x12\x10\n\x08workload\x18\x05 \x01(\t\x12\x0f\n\x07version\x18\x06 \x01(\r\x12\"\n\x05model\x18\x07 \x01(\x0b\x32\x13.fedlink.v1.BlobRef\x12\x15\n\rsettings_json\x18\x08 \x01(\t\x12\x0c\n\x04seed\x18\t \x01(\x04\x12,\n\x08\x64\x65\x61\x64line\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12&\n\x05train\x18\x0b \x01(\x0b\x32\x15.fedlink.v1.TrainWorkH\x00\x12,\n\x08\x65valuate\x18\x0c \x01(\x0b\x32\x18.fedlink.v1.EvaluateWorkH\x00\x12\x0e\n\x06rounds\x18\r \x01(\rB\x06\n\x04work\"y\n\tTrainWork\x12)\n\x06update\x18\x01 \x01(\x0e\x32\x19.fedlink.v1.Manifest.Kind\x12\'\n\x0cupdate_dtype\x18\x02 \x01(\x0e\x32\x11.fedlink.v1.Dtype\x12\x18\n\x10max_update_bytes\x18\x03 \x01(\x04\"\x0e\n\x0c\x45valuateWork\"\x81\x02\n\x12\x45xtendLeaseRequest\x12\r\n\x05token\x18\x01 \x01(\x0c\x12\x39\n\x08\x61\x63tivity\x18\x02 \x01(\x0e\x32\'.fedlink.v1.ExtendLeaseRequest.Activity\x12\x0c\n\x04\x64one\x18\x03 \x01(\x04\x12\r\n\x05total\x18\x04 \x01(\x04\"\x83\x01\n\x08\x41\x63tivity\x12\x18\n\x14\x41\x43TIVITY_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x41\x43TIVITY_QUEUED\x10\x01\x12\x18\n\x14\x41\x43TIVITY_DOWNLOADING\x10\x02\x12\x16\n\x12\x41\x43TIVITY_COMPUTING\x10\x03\x12\x16\n\x12\x41\x43TIVITY_UPLOADING\x10\x04\"T\n\x13\x45xtendLeaseResponse\x12-\n\nlease_term\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06\x63\x61ncel\x18\x02 \x01(\x08\"\xf6\x01\n\x13\x43ompleteTaskRequest\x12\r\n\x05token\x18\x01 \x01(\x0c\x12#\n\x06update\x18\x02 \x01(\x0b\x32\x13.fedlink.v1.BlobRef\x12\x14\n\x0cnum_examples\x18\x03 \x01(\x04\x12\r\n\x05steps\x18\x04 \x01(\x04\x12=\n\x07metrics\x18\x05 \x03(\x0b\x32,.fedlink.v1.CompleteTaskRequest.MetricsEntry\x12\x17\n\x0f\x63ompute_seconds\x18\x06 \x01(\x01\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xe7\x01\n\x14\x43ompleteTaskResponse\x12\x39\n\x07outcome\x18\x01 \x01(\x0e\x32(.fedlink.v1.CompleteTaskResponse.Outcome\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0e\n\x06tensor\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\"c\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x14\n\x10OUTCOME_ACCEPTED\x10\x01\x12\x13\n\x0fOUTCOME_REFUSED\x10\x02\x12\x14\n\x10OUTCOME_CHECKING\x10\x03\"\x8d\x03\n\x0f\x46\x61ilTaskRequest\x12\r\n\x05token\x18\x01 \x01(\x0c\x12\x32\n\x06reason\x18\x02 \x01(\x0e\x32\".fedlink.v1.FailTaskRequest.Reason\x12\x17\n\x0f\x65xception_class\x18\x03 \x01(\t\x12\x11\n\texit_code\x18\x04 \x01(\x05\x12\x0c\n\x04step\x18\x05 \x01(\x04\x12\x14\n\x0cmemory_bytes\x18\x06 \x01(\x04\x12\x0f\n\x07message\x18\x07 \x01(\t\x12\x11\n\tretryable\x18\x08 \x01(\x08\"\xc2\x01\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x14\n\x10REASON_EXCEPTION\x10\x01\x12\x12\n\x0eREASON_CRASHED\x10\x02\x12\x18\n\x14REASON_OUT_OF_MEMORY\x10\x03\x12\x12\n\x0eREASON_STALLED\x10\x04\x12\x16\n\x12REASON_NOT_ALLOWED\x10\x05\x12\x16\n\x12REASON_UNAVAILABLE\x10\x06\x12\x18\n\x14REASON_BASE_MISMATCH\x10\x07\"\x12\n\x10\x46\x61ilTaskResponse\"\x91\x01\n\x14ReportMetricsRequest\x12\r\n\x05token\x18\x01 \x01(\x0c\x12\x36\n\x06points\x18\x02 \x03(\x0b\x32&.fedlink.v1.ReportMetricsRequest.Point\x1a\x32\n\x05Point\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\x12\x0c\n\x04step\x18\x03 \x01(\x04\"\x17\n\x15ReportMetricsResponse\"\x19\n\x17\x44\x65registerClientRequest\"\x1a\n\x18\x44\x65registerClientResponse2\xaa\x05\n\x13\x43oordinationService\x12T\n\rGetServerInfo\x12 .fedlink.v1.GetServerInfoRequest\x1a!.fedlink.v1.GetServerInfoResponse\x12W\n\x0eRegisterClient\x12!.fedlink.v1.RegisterClientRequest\x1a\".fedlink.v1.RegisterClientResponse\x12\x45\n\x08PollTask\x12\x1b.fedlink.v1.PollTaskRequest\x1a\x1c.fedlink.v1.PollTaskResponse\x12N\n\x0b\x45xtendLease\x12\x1e.fedlink.v1.ExtendLeaseRequest\x1a\x1f.fedlink.v1.ExtendLeaseResponse\x12Q\n\x0c\x43ompleteTask\x12\x1f.fedlink.v1.CompleteTaskRequest\x1a .fedlink.v1.CompleteTaskResponse\x12\x45\n\x08\x46\x61ilTask\x12\x1b.fedlink.v1.FailTaskRequest\x1a\x1c.fedlink.v1.FailTaskResponse\x12T\n\rReportMetrics\x12 .fedlink.v1.ReportMetricsRequest\x1a!.fedlink.v1.ReportMetricsResponse\x12]\n\x10\x44\x65registerClient\x12#.fedlink.v1.DeregisterClientRequest\x1a$.fedlink.v1.DeregisterClientResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%fedlink/v1/coordination_service.proto\x12\nfedlink.v1\x1a\x16\x66\x65\x64link/v1/types.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x16\n\x14GetServerInfoRequest\"\xa5\x01\n\x15GetServerInfoResponse\x12\x18\n\x10software_version\x18\x01 \x01(\t\x12\x18\n\x10protocol_version\x18\x02 \x01(\r\x12\x1c\n\x14min_protocol_version\x18\x03 \x01(\r\x12\x10\n\x08\x66\x65\x61tures\x18\x04 \x03(\t\x12(\n\x04time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xc1\x02\n\x15RegisterClientRequest\x12\x13\n\x0binstance_id\x18\x01 \x01(\x0c\x12\x18\n\x10protocol_version\x18\x02 \x01(\r\x12\x18\n\x10software_version\x18\x03 \x01(\t\x12\x10\n\x08\x66\x65\x61tures\x18\x04 \x03(\t\x12\x42\n\tworkloads\x18\x05 \x03(\x0b\x32/.fedlink.v1.RegisterClientRequest.WorkloadOffer\x12#\n\x07\x64\x65vices\x18\x06 \x03(\x0b\x32\x12.fedlink.v1.Device\x1a\x64\n\rWorkloadOffer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1c\n\x14settings_schema_json\x18\x02 \x01(\t\x12\x11\n\tabilities\x18\x03 \x03(\t\x12\x14\n\x0c\x61llowed_runs\x18\x04 \x03(\t\"\xd2\x01\n\x16RegisterClientResponse\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x13\n\x0b\x63lient_name\x18\x02 \x01(\t\x12-\n\nlease_term\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\rmax_poll_wait\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x31\n\x06server\x18\x05 \x01(\x0b\x32!.fedlink.v1.GetServerInfoResponse\"O\n\x0fPollTaskRequest\x12\x13\n\x0bheld_tokens\x18\x01 \x03(\x0c\x12\'\n\x04wait\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x89\x01\n\x10PollTaskResponse\x12#\n\x04task\x18\x01 \x01(\x0b\x32\x10.fedlink.v1.TaskH\x00\x88\x01\x01\x12\x17\n\x0freleased_tokens\x18\x02 \x03(\x0c\x12.\n\x0bretry_after\x18\x03 \x01(\x0b\x32\x19.google.protobuf.DurationB\x07\n\x05_task\"\xfa\x02\n\x04Task\x12\r\n\x05token\x18\x01 \x01(\x0c\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\r\x12\x10\n\x08workload\x18\x05 \x01(\t\x12\x0f\n\x07version\x18\x06 \x01(\r\x12\"\n\x05model\x18\x07 \x01(\x0b\x32\x13.fedlink.v1.BlobRef\x12\x15\n\rsettings_json\x18\x08 \x01(\t\x12\x0c\n\x04seed\x18\t \x01(\x04\x12,\n\x08\x64\x65\x61\x64line\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12&\n\x05train\x18\x0b \x01(\x0b\x32\x15.fedlink.v1.TrainWorkH\x00\x12,\n\x08\x65valuate\x18\x0c \x01(\x0b\x32\x18.fedlink.v1.EvaluateWorkH\x00\x12.\n\tcalibrate\x18\x0e \x01(\x0b\x32\x19.fedlink.v1.CalibrateWorkH\x00\x12\x0e\n\x06rounds\x18\r \x01(\rB\x06\n\x04work\"\xa1\x01\n\tTrainWork\x12)\n\x06update\x18\x01 \x01(\x0e\x32\x19.fedlink.v1.Manifest.Kind\x12\'\n\x0cupdate_dtype\x18\x02 \x01(\x0e\x32\x11.fedlink.v1.Dtype\x12\x18\n\x10max_update_bytes\x18\x03 \x01(\x04\x12&\n\x06limits\x18\x04 \x01(\x0b\x32\x16.fedlink.v1.WorkLimits\"R\n\nWorkLimits\x12\r\n\x05steps\x18\x01 \x01(\x04\x12\x0e\n\x06\x65pochs\x18\x02 \x01(\r\x12\x10\n\x08\x65xamples\x18\x03 \x01(\x04\x12\x13\n\x0bmax_seconds\x18\x04 \x01(\x01\"\x0e\n\x0c\x45valuateWork\"!\n\rCalibrateWork\x12\x10\n\x08settings\x18\x01 \x03(\t\"\x81\x02\n\x12\x45xtendLeaseRequest\x12\r\n\x05token\x18\x01 \x01(\x0c\x12\x39\n\x08\x61\x63tivity\x18\x02 \x01(\x0e\x32\'.fedlink.v1.ExtendLeaseRequest.Activity\x12\x0c\n\x04\x64one\x18\x03 \x01(\x04\x12\r\n\x05total\x18\x04 \x01(\x04\"\x83\x01\n\x08\x41\x63tivity\x12\x18\n\x14\x41\x43TIVITY_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x41\x43TIVITY_QUEUED\x10\x01\x12\x18\n\x14\x41\x43TIVITY_DOWNLOADING\x10\x02\x12\x16\n\x12\x41\x43TIVITY_COMPUTING\x10\x03\x12\x16\n\x12\x41\x43TIVITY_UPLOADING\x10\x04\"T\n\x13\x45xtendLeaseResponse\x12-\n\nlease_term\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06\x63\x61ncel\x18\x02 \x01(\x08\"\x9a\x02\n\x13\x43ompleteTaskRequest\x12\r\n\x05token\x18\x01 \x01(\x0c\x12#\n\x06update\x18\x02 \x01(\x0b\x32\x13.fedlink.v1.BlobRef\x12\x14\n\x0cnum_examples\x18\x03 \x01(\x04\x12\r\n\x05steps\x18\x04 \x01(\x04\x12=\n\x07metrics\x18\x05 \x03(\x0b\x32,.fedlink.v1.CompleteTaskRequest.MetricsEntry\x12\x17\n\x0f\x63ompute_seconds\x18\x06 \x01(\x01\x12\x15\n\rexamples_seen\x18\x07 \x01(\x04\x12\x0b\n\x03\x63ut\x18\x08 \x01(\t\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xe7\x01\n\x14\x43ompleteTaskResponse\x12\x39\n\x07outcome\x18\x01 \x01(\x0e\x32(.fedlink.v1.CompleteTaskResponse.Outcome\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0e\n\x06tensor\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\"c\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x14\n\x10OUTCOME_ACCEPTED\x10\x01\x12\x13\n\x0fOUTCOME_REFUSED\x10\x02\x12\x14\n\x10OUTCOME_CHECKING\x10\x03\"\x8d\x03\n\x0f\x46\x61ilTaskRequest\x12\r\n\x05token\x18\x01 \x01(\x0c\x12\x32\n\x06reason\x18\x02 \x01(\x0e\x32\".fedlink.v1.FailTaskRequest.Reason\x12\x17\n\x0f\x65xception_class\x18\x03 \x01(\t\x12\x11\n\texit_code\x18\x04 \x01(\x05\x12\x0c\n\x04step\x18\x05 \x01(\x04\x12\x14\n\x0cmemory_bytes\x18\x06 \x01(\x04\x12\x0f\n\x07message\x18\x07 \x01(\t\x12\x11\n\tretryable\x18\x08 \x01(\x08\"\xc2\x01\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x14\n\x10REASON_EXCEPTION\x10\x01\x12\x12\n\x0eREASON_CRASHED\x10\x02\x12\x18\n\x14REASON_OUT_OF_MEMORY\x10\x03\x12\x12\n\x0eREASON_STALLED\x10\x04\x12\x16\n\x12REASON_NOT_ALLOWED\x10\x05\x12\x16\n\x12REASON_UNAVAILABLE\x10\x06\x12\x18\n\x14REASON_BASE_MISMATCH\x10\x07\"\x12\n\x10\x46\x61ilTaskResponse\"\x91\x01\n\x14ReportMetricsRequest\x12\r\n\x05token\x18\x01 \x01(\x0c\x12\x36\n\x06points\x18\x02 \x03(\x0b\x32&.fedlink.v1.ReportMetricsRequest.Point\x1a\x32\n\x05Point\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\x12\x0c\n\x04step\x18\x03 \x01(\x04\"\x17\n\x15ReportMetricsResponse\"\x19\n\x17\x44\x65registerClientRequest\"\x1a\n\x18\x44\x65registerClientResponse2\xaa\x05\n\x13\x43oordinationService\x12T\n\rGetServerInfo\x12 .fedlink.v1.GetServerInfoRequest\x1a!.fedlink.v1.GetServerInfoResponse\x12W\n\x0eRegisterClient\x12!.fedlink.v1.RegisterClientRequest\x1a\".fedlink.v1.RegisterClientResponse\x12\x45\n\x08PollTask\x12\x1b.fedlink.v1.PollTaskRequest\x1a\x1c.fedlink.v1.PollTaskResponse\x12N\n\x0b\x45xtendLease\x12\x1e.fedlink.v1.ExtendLeaseRequest\x1a\x1f.fedlink.v1.ExtendLeaseResponse\x12Q\n\x0c\x43ompleteTask\x12\x1f.fedlink.v1.CompleteTaskRequest\x1a .fedlink.v1.CompleteTaskResponse\x12\x45\n\x08\x46\x61ilTask\x12\x1b.fedlink.v1.FailTaskRequest\x1a\x1c.fedlink.v1.FailTaskResponse\x12T\n\rReportMetrics\x12 .fedlink.v1.ReportMetricsRequest\x1a!.fedlink.v1.ReportMetricsResponse\x12]\n\x10\x44\x65registerClient\x12#.fedlink.v1.DeregisterClientRequest\x1a$.fedlink.v1.DeregisterClientResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -51,41 +51,45 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_POLLTASKRESPONSE']._serialized_start=953
   _globals['_POLLTASKRESPONSE']._serialized_end=1090
   _globals['_TASK']._serialized_start=1093
-  _globals['_TASK']._serialized_end=1423
-  _globals['_TRAINWORK']._serialized_start=1425
-  _globals['_TRAINWORK']._serialized_end=1546
-  _globals['_EVALUATEWORK']._serialized_start=1548
-  _globals['_EVALUATEWORK']._serialized_end=1562
-  _globals['_EXTENDLEASEREQUEST']._serialized_start=1565
-  _globals['_EXTENDLEASEREQUEST']._serialized_end=1822
-  _globals['_EXTENDLEASEREQUEST_ACTIVITY']._serialized_start=1691
-  _globals['_EXTENDLEASEREQUEST_ACTIVITY']._serialized_end=1822
-  _globals['_EXTENDLEASERESPONSE']._serialized_start=1824
-  _globals['_EXTENDLEASERESPONSE']._serialized_end=1908
-  _globals['_COMPLETETASKREQUEST']._serialized_start=1911
-  _globals['_COMPLETETASKREQUEST']._serialized_end=2157
-  _globals['_COMPLETETASKREQUEST_METRICSENTRY']._serialized_start=2111
-  _globals['_COMPLETETASKREQUEST_METRICSENTRY']._serialized_end=2157
-  _globals['_COMPLETETASKRESPONSE']._serialized_start=2160
-  _globals['_COMPLETETASKRESPONSE']._serialized_end=2391
-  _globals['_COMPLETETASKRESPONSE_OUTCOME']._serialized_start=2292
-  _globals['_COMPLETETASKRESPONSE_OUTCOME']._serialized_end=2391
-  _globals['_FAILTASKREQUEST']._serialized_start=2394
-  _globals['_FAILTASKREQUEST']._serialized_end=2791
-  _globals['_FAILTASKREQUEST_REASON']._serialized_start=2597
-  _globals['_FAILTASKREQUEST_REASON']._serialized_end=2791
-  _globals['_FAILTASKRESPONSE']._serialized_start=2793
-  _globals['_FAILTASKRESPONSE']._serialized_end=2811
-  _globals['_REPORTMETRICSREQUEST']._serialized_start=2814
-  _globals['_REPORTMETRICSREQUEST']._serialized_end=2959
-  _globals['_REPORTMETRICSREQUEST_POINT']._serialized_start=2909
-  _globals['_REPORTMETRICSREQUEST_POINT']._serialized_end=2959
-  _globals['_REPORTMETRICSRESPONSE']._serialized_start=2961
-  _globals['_REPORTMETRICSRESPONSE']._serialized_end=2984
-  _globals['_DEREGISTERCLIENTREQUEST']._serialized_start=2986
-  _globals['_DEREGISTERCLIENTREQUEST']._serialized_end=3011
-  _globals['_DEREGISTERCLIENTRESPONSE']._serialized_start=3013
-  _globals['_DEREGISTERCLIENTRESPONSE']._serialized_end=3039
-  _globals['_COORDINATIONSERVICE']._serialized_start=3042
-  _globals['_COORDINATIONSERVICE']._serialized_end=3724
+  _globals['_TASK']._serialized_end=1471
+  _globals['_TRAINWORK']._serialized_start=1474
+  _globals['_TRAINWORK']._serialized_end=1635
+  _globals['_WORKLIMITS']._serialized_start=1637
+  _globals['_WORKLIMITS']._serialized_end=1719
+  _globals['_EVALUATEWORK']._serialized_start=1721
+  _globals['_EVALUATEWORK']._serialized_end=1735
+  _globals['_CALIBRATEWORK']._serialized_start=1737
+  _globals['_CALIBRATEWORK']._serialized_end=1770
+  _globals['_EXTENDLEASEREQUEST']._serialized_start=1773
+  _globals['_EXTENDLEASEREQUEST']._serialized_end=2030
+  _globals['_EXTENDLEASEREQUEST_ACTIVITY']._serialized_start=1899
+  _globals['_EXTENDLEASEREQUEST_ACTIVITY']._serialized_end=2030
+  _globals['_EXTENDLEASERESPONSE']._serialized_start=2032
+  _globals['_EXTENDLEASERESPONSE']._serialized_end=2116
+  _globals['_COMPLETETASKREQUEST']._serialized_start=2119
+  _globals['_COMPLETETASKREQUEST']._serialized_end=2401
+  _globals['_COMPLETETASKREQUEST_METRICSENTRY']._serialized_start=2355
+  _globals['_COMPLETETASKREQUEST_METRICSENTRY']._serialized_end=2401
+  _globals['_COMPLETETASKRESPONSE']._serialized_start=2404
+  _globals['_COMPLETETASKRESPONSE']._serialized_end=2635
+  _globals['_COMPLETETASKRESPONSE_OUTCOME']._serialized_start=2536
+  _globals['_COMPLETETASKRESPONSE_OUTCOME']._serialized_end=2635
+  _globals['_FAILTASKREQUEST']._serialized_start=2638
+  _globals['_FAILTASKREQUEST']._serialized_end=3035
+  _globals['_FAILTASKREQUEST_REASON']._serialized_start=2841
+  _globals['_FAILTASKREQUEST_REASON']._serialized_end=3035
+  _globals['_FAILTASKRESPONSE']._serialized_start=3037
+  _globals['_FAILTASKRESPONSE']._serialized_end=3055
+  _globals['_REPORTMETRICSREQUEST']._serialized_start=3058
+  _globals['_REPORTMETRICSREQUEST']._serialized_end=3203
+  _globals['_REPORTMETRICSREQUEST_POINT']._serialized_start=3153
+  _globals['_REPORTMETRICSREQUEST_POINT']._serialized_end=3203
+  _globals['_REPORTMETRICSRESPONSE']._serialized_start=3205
+  _globals['_REPORTMETRICSRESPONSE']._serialized_end=3228
+  _globals['_DEREGISTERCLIENTREQUEST']._serialized_start=3230
+  _globals['_DEREGISTERCLIENTREQUEST']._serialized_end=3255
+  _globals['_DEREGISTERCLIENTRESPONSE']._serialized_start=3257
+  _globals['_DEREGISTERCLIENTRESPONSE']._serialized_end=3283
+  _globals['_COORDINATIONSERVICE']._serialized_start=3286
+  _globals['_COORDINATIONSERVICE']._serialized_end=3968
 # @@protoc_insertion_point(module_scope)

@@ -105,7 +105,7 @@ class RegisterClientRequest(_message.Message):
         """
         @_builtins.property
         def abilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-            """What it can do: "train", "gradient", "evaluate"."""
+            """What it can do: "train", "gradient", "evaluate", "calibrate"."""
 
         @_builtins.property
         def allowed_runs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -301,13 +301,14 @@ class Task(_message.Message):
     DEADLINE_FIELD_NUMBER: _builtins.int
     TRAIN_FIELD_NUMBER: _builtins.int
     EVALUATE_FIELD_NUMBER: _builtins.int
+    CALIBRATE_FIELD_NUMBER: _builtins.int
     ROUNDS_FIELD_NUMBER: _builtins.int
     token: _builtins.bytes
     """Opaque; names the task in every call; at most 64 bytes."""
     run: _builtins.str
     """Name of the run."""
     round: _builtins.int
-    """For training the number of the round, from 1; for evaluation the version."""
+    """For training the number of the round, from 1; for the others the version."""
     attempt: _builtins.int
     """1, and one more for each new attempt."""
     workload: _builtins.str
@@ -338,6 +339,12 @@ class Task(_message.Message):
     def evaluate(self) -> Global___EvaluateWork:
         """Measure the model on held-out data."""
 
+    @_builtins.property
+    def calibrate(self) -> Global___CalibrateWork:
+        """Measure what settings should be. Given only to a site whose workload has
+        the ability "calibrate".
+        """
+
     def __init__(
         self,
         *,
@@ -353,13 +360,14 @@ class Task(_message.Message):
         deadline: _timestamp_pb2.Timestamp | None = ...,
         train: Global___TrainWork | None = ...,
         evaluate: Global___EvaluateWork | None = ...,
+        calibrate: Global___CalibrateWork | None = ...,
         rounds: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["deadline", b"deadline", "evaluate", b"evaluate", "model", b"model", "train", b"train", "work", b"work"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["calibrate", b"calibrate", "deadline", b"deadline", "evaluate", b"evaluate", "model", b"model", "train", b"train", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "deadline", b"deadline", "evaluate", b"evaluate", "model", b"model", "round", b"round", "rounds", b"rounds", "run", b"run", "seed", b"seed", "settings_json", b"settings_json", "token", b"token", "train", b"train", "version", b"version", "work", b"work", "workload", b"workload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "calibrate", b"calibrate", "deadline", b"deadline", "evaluate", b"evaluate", "model", b"model", "round", b"round", "rounds", b"rounds", "run", b"run", "seed", b"seed", "settings_json", b"settings_json", "token", b"token", "train", b"train", "version", b"version", "work", b"work", "workload", b"workload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_work: _TypeAlias = _typing.Literal["train", "evaluate"]  # noqa: Y015
+    _WhichOneofReturnType_work: _TypeAlias = _typing.Literal["train", "evaluate", "calibrate"]  # noqa: Y015
     _WhichOneofArgType_work: _TypeAlias = _typing.Literal["work", b"work"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_work) -> _WhichOneofReturnType_work | None: ...
 
@@ -374,26 +382,68 @@ class TrainWork(_message.Message):
     UPDATE_FIELD_NUMBER: _builtins.int
     UPDATE_DTYPE_FIELD_NUMBER: _builtins.int
     MAX_UPDATE_BYTES_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
     update: _types_pb2.Manifest.Kind.ValueType
     """KIND_DELTA or KIND_GRADIENT."""
     update_dtype: _types_pb2.Dtype.ValueType
     """Dtype in which parameters travel: F32, BF16 or F16 (F64 parameters: F64)."""
     max_update_bytes: _builtins.int
     """More than this many bytes in all files will be refused."""
+    @_builtins.property
+    def limits(self) -> Global___WorkLimits:
+        """What to do of it at most; for KIND_DELTA."""
+
     def __init__(
         self,
         *,
         update: _types_pb2.Manifest.Kind.ValueType = ...,
         update_dtype: _types_pb2.Dtype.ValueType = ...,
         max_update_bytes: _builtins.int = ...,
+        limits: Global___WorkLimits | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_update_bytes", b"max_update_bytes", "update", b"update", "update_dtype", b"update_dtype"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "max_update_bytes", b"max_update_bytes", "update", b"update", "update_dtype", b"update_dtype"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TrainWork: _TypeAlias = TrainWork  # noqa: Y015
+
+@_typing.final
+class WorkLimits(_message.Message):
+    """WorkLimits says when a training is to end before its loops are over: with the
+    step that reaches one of these. 0 is no limit.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEPS_FIELD_NUMBER: _builtins.int
+    EPOCHS_FIELD_NUMBER: _builtins.int
+    EXAMPLES_FIELD_NUMBER: _builtins.int
+    MAX_SECONDS_FIELD_NUMBER: _builtins.int
+    steps: _builtins.int
+    """Passes of its loops."""
+    epochs: _builtins.int
+    """Passes over the site's data."""
+    examples: _builtins.int
+    """Examples used."""
+    max_seconds: _builtins.float
+    """Seconds of training."""
+    def __init__(
+        self,
+        *,
+        steps: _builtins.int = ...,
+        epochs: _builtins.int = ...,
+        examples: _builtins.int = ...,
+        max_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epochs", b"epochs", "examples", b"examples", "max_seconds", b"max_seconds", "steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkLimits: _TypeAlias = WorkLimits  # noqa: Y015
 
 @_typing.final
 class EvaluateWork(_message.Message):
@@ -411,6 +461,33 @@ class EvaluateWork(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___EvaluateWork: _TypeAlias = EvaluateWork  # noqa: Y015
+
+@_typing.final
+class CalibrateWork(_message.Message):
+    """CalibrateWork asks for values of settings that the run gives as "auto". They
+    come back as metrics of CompleteTask, by the names of the settings; examples
+    and steps of the result weigh nothing.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SETTINGS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def settings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the settings, at most 64."""
+
+    def __init__(
+        self,
+        *,
+        settings: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["settings", b"settings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CalibrateWork: _TypeAlias = CalibrateWork  # noqa: Y015
 
 @_typing.final
 class ExtendLeaseRequest(_message.Message):
@@ -537,6 +614,8 @@ class CompleteTaskRequest(_message.Message):
     STEPS_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
     COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
+    EXAMPLES_SEEN_FIELD_NUMBER: _builtins.int
+    CUT_FIELD_NUMBER: _builtins.int
     token: _builtins.bytes
     """The task."""
     num_examples: _builtins.int
@@ -545,13 +624,22 @@ class CompleteTaskRequest(_message.Message):
     """Optimizer steps done; 0 for evaluation."""
     compute_seconds: _builtins.float
     """Seconds the trainer worked."""
+    examples_seen: _builtins.int
+    """Examples that its steps used, each as often as it was used; 0 if not known."""
+    cut: _builtins.str
+    """Which limit ended the training before its loops were over: "run" for one of
+    the task or "site" for the site's own, a space, and the name of a field of
+    WorkLimits. Empty: none.
+    """
     @_builtins.property
     def update(self) -> _types_pb2.BlobRef:
         """Training: the update's manifest (kind as the task asked)."""
 
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Finite numbers the site lets out; at most 64 names of 64 characters."""
+        """Finite numbers the site lets out; at most 64 names of 64 characters. For
+        CalibrateWork what was found, by setting.
+        """
 
     def __init__(
         self,
@@ -562,10 +650,12 @@ class CompleteTaskRequest(_message.Message):
         steps: _builtins.int = ...,
         metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         compute_seconds: _builtins.float = ...,
+        examples_seen: _builtins.int = ...,
+        cut: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["update", b"update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_seconds", b"compute_seconds", "metrics", b"metrics", "num_examples", b"num_examples", "steps", b"steps", "token", b"token", "update", b"update"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_seconds", b"compute_seconds", "cut", b"cut", "examples_seen", b"examples_seen", "metrics", b"metrics", "num_examples", b"num_examples", "steps", b"steps", "token", b"token", "update", b"update"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fedclient.trainer import Workload
+from fedclient.trainer import Workload, find_batch_size, find_learning_rate, measured
 
 
 class Net(nn.Module):
@@ -28,13 +30,16 @@ class Net(nn.Module):
 
 
 class Pairs(Workload):
-    """`[data]`: rows, dropout, trouble (what rank 1 does once, while no file `marker` is there)."""
+    """`[data]`: rows, dropout, trouble (what rank 1 does once, while no file `marker` is there), room for examples."""
 
     @dataclass(frozen=True)
     class Settings:
         epochs: int = 2
-        batch_size: int = 8
+        batch_size: int | Literal["auto"] = 8
         accumulation: int = 1
+        learning_rate: float | Literal["auto"] = 0.01
+        pause: float = 0.0
+        says: bool = False
 
     def build_model(self):
         return Net(self.site.data.get("dropout", 0.0))
@@ -48,22 +53,62 @@ class Pairs(Workload):
         assert isinstance(model, Net)
         self.model = model
         assert model.name == "mine"
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=measured(ctx.settings.learning_rate))
         ctx.keep(optimizer=optimizer)
         data, settings = self.data(), ctx.settings
-        loader = DataLoader(data, settings.batch_size, shuffle=True)
+        loader = DataLoader(data, int(settings.batch_size), shuffle=True)
         seen = 0
+        if settings.pause and ctx.rank:
+            early = time.monotonic
+            time.monotonic = lambda: early() - 1e6
         for x, y in ctx.batches(loader, epochs=settings.epochs):
             self.trouble(ctx)
             loss = nn.functional.mse_loss(model(x), y)
             (loss / settings.accumulation).backward()
             seen += len(x)
+            time.sleep(settings.pause)
+            if settings.says:
+                ctx.saw(len(x))
             if (ctx.step + 1) % settings.accumulation == 0:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
             ctx.log(loss=loss, seen=seen)
         ctx.num_examples = len(data)
+
+    def calibrate(self, model, ctx):
+        data = self.data()
+
+        def descend(rates, _fold):
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+            loader = DataLoader(data, 8, shuffle=True, generator=ctx.generator())
+            batches = (batch for _ in iter(int, 1) for batch in loader)
+            for rate, batch in zip(rates, batches, strict=False):
+                optimizer.param_groups[0]["lr"] = rate
+                x, y = ctx.share(batch)
+                loss = nn.functional.mse_loss(model(x), y)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                # Each rank sees its own part's.
+                yield float(loss)
+
+        def held_out(_fold):
+            # Only the first rank's may count.
+            return float(nn.functional.mse_loss(model(data.tensors[0]), data.tensors[1])) * (1 + ctx.rank)
+
+        def attempt(size):
+            if ctx.rank == ctx.world_size - 1 and size > self.site.data["room"]:
+                raise MemoryError
+
+        found = {}
+        if ctx.settings.batch_size == "auto":
+            found["batch_size"] = find_batch_size(ctx, attempt, most=32, kept=self.site.kept)
+        if ctx.settings.learning_rate == "auto":
+            found["learning_rate"] = find_learning_rate(
+                model, ctx, descend=descend, held_out=held_out, schedule=[1] * 4
+            )
+        return found
 
     def trouble(self, ctx):
         what, marker = self.site.data.get("trouble", ""), Path(self.site.directory, "marker")

@@ -6,6 +6,7 @@ Every number is a multiple of 1/256 and small, so that float32 adds exactly, in 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -28,13 +29,18 @@ class Tide(Workload):
     @dataclass(frozen=True)
     class Settings:
         steps: int = STEPS
+        strength: float | Literal["auto"] = 1.0
 
     def build_model(self):
         data = self.site.data
         model = {f"t{i:02}": np.zeros((data["rows"], ROW), np.float32) for i in range(data["tensors"])}
         return model | {"steps": np.zeros(1, np.int64)}
 
+    def calibrate(self, model, ctx):
+        return {"strength": 1.0}
+
     def train(self, model, ctx):
+        assert ctx.settings.strength == 1.0
         arrays = [model[name] for name in sorted(model) if name != "steps"]
         for step in ctx.steps(ctx.settings.steps):
             for i, array in enumerate(arrays):

@@ -1,0 +1,49 @@
+"""A workload without torch that measures two of its settings, as a test's file next to site.toml says.
+
+`measure.json` beside site.toml: {"learning_rate": ..., "batch_size": ..., "die": times to kill the process first}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+
+from fedclient.trainer import Bounds, Context, Workload, measured
+
+
+class Measuring(Workload):
+    """Adds the learning rate to its only weight, each step; says which batch it saw."""
+
+    @dataclass(frozen=True)
+    class Settings:
+        """What a run may set."""
+
+        learning_rate: Annotated[float, Bounds(0, 1)] | Literal["auto"] = 0.5
+        batch_size: Annotated[int, Bounds(1)] | Literal["auto"] = 1
+
+    def build_model(self) -> dict[str, Any]:
+        return {"w": np.zeros(3, np.float32)}
+
+    def train(self, model: dict[str, Any], ctx: Context) -> None:
+        for _ in ctx.steps(1):
+            model["w"] += np.float32(measured(ctx.settings.learning_rate))
+        ctx.log(loss=measured(ctx.settings.batch_size))
+        ctx.num_examples = 1
+
+    def calibrate(self, model: dict[str, Any], ctx: Context) -> Mapping[str, float]:
+        table = json.loads((self.site.directory / "measure.json").read_text())
+        calls = self.site.directory / "calls"
+        done = int(calls.read_text()) if calls.exists() else 0
+        calls.write_text(str(done + 1))
+        if done < table.get("die", 0):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if "fail" in table:
+            raise ValueError(table["fail"])
+        model["w"] += 1
+        return {name: table[name] for name in ("learning_rate", "batch_size") if getattr(ctx.settings, name) == "auto"}
