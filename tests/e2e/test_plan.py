@@ -69,7 +69,8 @@ def test_a_run_moves_and_takes_what_was_planned(tmp_path: Path) -> None:
             assert used["server_disk"] == pytest.approx(used["predicted_server_disk"], rel=0.02)
             assert 30e6 < used["server_memory"] < used["predicted_server_memory"]
         assert run["used"][1]["bytes_down"] < 0.8 * run["used"][0]["bytes_down"]
-        assert [line.split()[:2] for line in table.splitlines()[-3:]] == [["1", "2"], ["2", "2"], ["3", "2"]]
+        numbered = [line.split()[:2] for line in table.splitlines() if line.split()[:1] in (["1"], ["2"], ["3"])]
+        assert numbered == [["1", "2"], ["2", "2"], ["3", "2"]]
 
         federation.kill_server()
         gone = federation.call("plan", str(file), "--clients", "2", code=3).stderr

@@ -113,6 +113,7 @@ def one_round(federation: Federation, workload: str, only: Site) -> None:
     same(federation.export("r"), first_version(x, y))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_plain_pytorch_two_sites_and_rounds(federation: Federation) -> None:
     wards = {"a": ["--ward", "1"], "b": ["--ward", "2"]}

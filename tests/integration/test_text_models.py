@@ -251,13 +251,17 @@ def test_a_language_model_learns_and_its_loss_is_that_over_all_tokens(home: Path
     assert ctx.counted() == int(found.train_corpus.targets.sum())
 
 
+def rate_in(metrics: dict[str, float]) -> list[float]:
+    return [value for name, value in metrics.items() if name == "learning_rate"]
+
+
 def test_the_schedule_goes_over_the_whole_run(home: Path):
     found = language(home)
     rates: list[float] = []
     for number in (1, 2):
         ctx = job(found, round=number, rounds=2, steps=2, learning_rate=0.01, schedule="linear", warmup=0, floor=0)
         log = ctx.log
-        ctx.log = lambda log=log, **m: (rates.append(m["learning_rate"]), log(**m))  # type: ignore[method-assign]
+        ctx.log = lambda log=log, **m: (rates.extend(rate_in(m)), log(**m))  # type: ignore[method-assign]
         found.train(built(found), ctx)
     assert rates == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
 
@@ -269,7 +273,7 @@ def test_the_schedule_and_the_weight_follow_what_a_site_is_to_do(home: Path):
         ctx = job(found, round=number, rounds=2, epochs=50, learning_rate=0.01, schedule="linear", warmup=0, floor=0)
         ctx.begin(Share(Limits(steps=asked), Limits(steps=2 if number == 1 else None)))
         log = ctx.log
-        ctx.log = lambda log=log, **m: (rates.append(m["learning_rate"]), log(**m))  # type: ignore[method-assign]
+        ctx.log = lambda log=log, **m: (rates.extend(rate_in(m)), log(**m))  # type: ignore[method-assign]
         found.train(built(found), ctx)
         assert ctx.step == (2 if number == 1 else 6)
         whole = int(found.train_corpus.targets.sum())

@@ -19,8 +19,10 @@ from fedclient.trainer.text.precision import Precision
 if TYPE_CHECKING:
     from fedclient.trainer.text.finetuning import FineTuning, FineTuningSettings
 
+FOLDS = 3
+"""How often each rate is tried: one that is too high may be lucky once."""
 HELD_OUT = 512
-"""Examples of the training data that rates are judged by, at most; a quarter of fewer than four times as many."""
+"""Examples of the training data that each trial is judged by, at most; a quarter of fewer than four times as many."""
 
 
 class Calibration:
@@ -70,28 +72,32 @@ class Calibration:
     def _learning_rate(self, settings: FineTuningSettings) -> float:
         order = self._ctx.rng(1).permutation(len(self._corpus)).astype(np.int64)
         count = min(HELD_OUT, len(order) // 4)
+        rolled = [np.roll(order, -fold * count) for fold in range(FOLDS)]
         # With a handful of examples there are none to spare.
-        held, rest = (order[:count], order[count:]) if count else (order, order)
+        parts = [(fold[:count], fold[count:]) if count else (order, order) for fold in rolled]
         size, effective = int(settings.batch_size), settings.effective_batch()
 
-        def descend(rates: Sequence[float], _fold: int) -> Iterator[float]:
+        def descend(rates: Sequence[float], fold: int) -> Iterator[float]:
             optimizer = optimizers.make_optimizer(self._model, replace(settings, learning_rate=0.0))
-            epoch = Steps(len(rest), size, 1, self._ctx.rng(2), effective)
+            rest = parts[fold][1]
+            epoch = Steps(len(rest), size, 1, self._ctx.rng(2 + fold), effective)
             steps = (step for _ in iter(int, 1) for step in epoch)
             for rate, batches in zip(rates, steps, strict=False):
                 optimizers.set_rate(optimizer, rate)
                 loss, weight = self._step(optimizer, [rest[numbers] for numbers in batches], settings)
                 yield self._summed(loss) / max(1, weight)
 
-        def held_out(_fold: int) -> float:
-            return self._measured(held, size)
+        def held_out(fold: int) -> float:
+            return self._measured(parts[fold][0], size)
 
         epoch = Steps(len(self._corpus), size, 1, self._ctx.rng(), effective)
         in_round = settings.steps or settings.epochs * len(epoch)
         trial = min(TRIAL_STEPS, in_round * max(1, self._ctx.rounds))
         shape = schedules.Schedule(settings.schedule, 1.0, trial, settings.warmup, settings.floor)
         shares = [shape.rate(step) for step in range(trial)]
-        return find_learning_rate(self._model, self._ctx, descend=descend, held_out=held_out, schedule=shares)
+        return find_learning_rate(
+            self._model, self._ctx, descend=descend, held_out=held_out, schedule=shares, folds=FOLDS
+        )
 
     def _step(
         self, optimizer: torch.optim.Optimizer, batches: Sequence[Numbers], settings: FineTuningSettings
