@@ -24,6 +24,7 @@ from fedlink.tensors import Role
 
 KEPT = 64
 """Findings that are kept of a workload."""
+_ENTRY = {"run", "given", "kind", "model", "found"}
 _FILE, _ATTEMPTS = "found.json", "attempts.json"
 
 
@@ -86,7 +87,8 @@ class Found:
 
     def _entries(self) -> list[dict[str, Any]]:
         entries = read_table(self._path)
-        return entries if isinstance(entries, list) else []
+        # What another release has written, or somebody by hand, may lack something: it is searched for again.
+        return [e for e in entries if isinstance(e, dict) and e.keys() >= _ENTRY] if isinstance(entries, list) else []
 
 
 class Attempts:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import queue
 import sys
 from collections.abc import Callable, Mapping
@@ -67,8 +66,9 @@ class Script(Workload):
             base = next(iter(model.peft_config.values())).base_model_name_or_path
             return {ADAPTER_CONFIG: adapter_file(model, Path(base or "").name)}
         if transformers is not None and isinstance(model, transformers.PreTrainedModel):
-            table = {k: v for k, v in json.loads(model.config.to_json_string()).items() if k != "_name_or_path"}
-            return {"config.json": json.dumps(table, indent=2, sort_keys=True).encode() + b"\n"}
+            from fedclient.trainer.text.pretrained import config_file  # noqa: PLC0415 - imports torch
+
+            return {"config.json": config_file(model.config)}
         return {}
 
     def train(self, model: Any, ctx: Context) -> None:  # noqa: ARG002 - both are the script's already

@@ -150,7 +150,7 @@ class RunSpec(Config):
     def _consistent(self) -> Self:
         if self.strategy == "fedsgd" and "learning_rate" not in self.server_optimizer.model_fields_set:
             raise ValueError('strategy = "fedsgd" needs [server_optimizer] learning_rate')
-        if self.strategy == "fedsgd" and self.work.model_fields_set:
+        if self.strategy == "fedsgd" and self.work != RunWork():
             raise ValueError('[work] is for strategy = "fedavg": a gradient is of all examples')
         if self.stop and not self.evaluation.enabled:
             raise ValueError("[stop] needs evaluation")

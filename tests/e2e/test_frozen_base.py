@@ -115,7 +115,7 @@ def test_training_without_a_server(federation: Federation, sites: dict[str, Site
     out, config = federation.root / "out", str(sites["a"].config)
     done = call("fedclient", "train-local", "--config", config, "--settings", str(run), "-o", str(out))
     assert {p.name for p in out.iterdir()} == {"adapter_model.safetensors", "adapter_config.json"}
-    assert "train rounds 2.0000" in done.stdout
+    assert "train rounds 2 " in done.stdout
     c = str(sites["c"].config)
     failed = call("fedclient", "train-local", "--config", c, "--settings", str(run), "--model", str(out), code=1)
     assert "this site's base differs from the run's: tensor 'model.layers.1" in failed.stderr

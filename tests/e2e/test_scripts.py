@@ -7,6 +7,7 @@ bit for bit with that, from the y of the script as it was before a federation ca
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -154,6 +155,9 @@ def test_plain_pytorch_two_sites_and_rounds(federation: Federation) -> None:
 @pytest.mark.timeout(600)
 def test_the_trainer_of_transformers(federation: Federation) -> None:
     one_round(federation, "hf_trainer", site(federation, "a", "hf_trainer"))
+    config = json.loads((federation.root / "start" / "config.json").read_text())
+    assert config["model_type"]
+    assert "_name_or_path" not in config, "a site's path is nobody else's business"
 
 
 @pytest.mark.slow

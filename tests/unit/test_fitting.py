@@ -250,8 +250,9 @@ def test_findings_are_for_a_kind_and_a_model_or_for_a_run(tmp_path):
     assert kept.look(Finding("run/a", ("rate", "batch"), "auto", "kind", "model"), by_run=True) is None
     assert kept.look(other, by_run=False) == {"rate": 0.5}
     assert kept.look(Finding("other/a", ("rate",), "", "kind", ""), by_run=True) == {"rate": 0.5}
-    (tmp_path / "kept" / "found.json").write_text("{")
-    assert kept.look(finding, by_run=True) is None
+    for damaged in ("{", "[7]", '[{"run": "run/a"}]', "{}"):
+        (tmp_path / "kept" / "found.json").write_text(damaged)
+        assert kept.look(finding, by_run=True) is None
 
 
 def test_attempts_of_another_search_are_forgotten(tmp_path):

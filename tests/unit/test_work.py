@@ -34,7 +34,8 @@ def test_what_contradicts_itself_is_refused_by_name(work: dict[str, Any], word: 
 
 def test_a_gradient_is_of_all_examples() -> None:
     table = {**RUN, "strategy": "fedsgd", "server_optimizer": {"learning_rate": 1.0}}
-    RunSpec.checked(table, "run.toml")
+    spec = RunSpec.checked(table, "run.toml")
+    assert RunSpec.model_validate_json(spec.model_dump_json()) == spec, "as the server keeps it"
     with pytest.raises(FedlinkError, match="fedavg"):
         RunSpec.checked({**table, "work": {"steps": 3}}, "run.toml")
 
