@@ -50,7 +50,7 @@ def assert_close(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) ->
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 async def test_two_processes_give_the_update_of_one_for_a_users_class(tmp_path: Path, strategy: str):
     one, two = make_trainer(user_site(tmp_path / "1", 1)), make_trainer(user_site(tmp_path / "2", 2, strategy))
     try:
@@ -95,8 +95,9 @@ def text_site(directory: Path, distributed: str, **config: Any) -> SiteSettings:
     return load_site(directory / "site.toml")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 async def test_two_processes_give_the_update_of_one_for_a_built_in_workload(tmp_path: Path, strategy: str):
     one = make_trainer(text_site(tmp_path / "1", "processes = 1"))
     two = make_trainer(text_site(tmp_path / "2", f'processes = 2\nstrategy = "{strategy}"'))
@@ -171,8 +172,9 @@ def gone(marker: Path) -> bool:
         return True
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 async def test_a_process_that_is_killed_fails_the_job_and_another_number_goes_on(tmp_path: Path, strategy: str):
     checked = {"checkpoint_dir": tmp_path / "checkpoints", "checkpoint_every": ALWAYS, "seed": 5}
     one, two = (make_trainer(user_site(tmp_path / "site", n, strategy, trouble="kill")) for n in (1, 2))
@@ -305,8 +307,9 @@ def calibrate(model: Path, settings: dict[str, Any]) -> Job:
     return Job(JobKind.CALIBRATE, settings=settings, client="site-1", run="r", model_dir=model)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 async def test_limits_and_what_is_measured_are_those_of_all_processes(tmp_path: Path, strategy: str):
     trainer = make_trainer(user_site(tmp_path, 2, strategy, room=11))
     try:
