@@ -29,17 +29,19 @@ $(STAMP): pyproject.toml deploy/constraints.txt
 	@$(PIP) -c deploy/constraints.txt -e '.[server,client,text,hf,trl,lightning,demo]' --group dev
 	@touch $@
 
+TRAINING = $(if $(PROCESSES),--processes $(PROCESSES)) $(if $(LEARNING_RATE),--learning-rate $(LEARNING_RATE))
+
 demo: $(STAMP) ## Four hospitals train one model: server, four daemons, comparison, plot
 	@$(BIN)/python -m examples.heart.demo .demo/heart
 
-demo-llm: $(STAMP) ## Three sites fine-tune a language model by LoRA: samples, comparison, plot (SECONDS=300)
-	@$(BIN)/python -m examples.llm.demo $(if $(SECONDS),--seconds $(SECONDS)) .demo/llm
+demo-llm: $(STAMP) ## Three sites fine-tune a language model by LoRA: samples, comparison, plot (SECONDS=300 PROCESSES=2 LEARNING_RATE=auto)
+	@$(BIN)/python -m examples.llm.demo $(if $(SECONDS),--seconds $(SECONDS)) $(TRAINING) .demo/llm
 
 reproduce-heart: $(STAMP) ## FLamby's accuracies on Fed-Heart-Disease, beside its own (a minute or two)
 	@$(BIN)/python -m examples.heart.reproduce .demo/reproduce
 
-demo-classify: $(STAMP) ## Three sites fine-tune a text classifier, every parameter: comparison, plot (SECONDS=300)
-	@$(BIN)/python -m examples.classify.demo $(if $(SECONDS),--seconds $(SECONDS)) .demo/classify
+demo-classify: $(STAMP) ## Three sites fine-tune a text classifier, every parameter: comparison, plot (SECONDS=300 PROCESSES=2 LEARNING_RATE=auto)
+	@$(BIN)/python -m examples.classify.demo $(if $(SECONDS),--seconds $(SECONDS)) $(TRAINING) .demo/classify
 
 reproduce-r8: $(STAMP) ## Reuters R8 over four sites: federated, alone, pooled (up to 45 minutes; SEEDS=1,2,3 FULL=1)
 	@$(BIN)/python -m examples.classify.reproduce $(if $(SEEDS),--seeds $(SEEDS)) $(if $(FULL),--full) .demo/reproduce-r8
@@ -86,6 +88,9 @@ bench-round: $(STAMP) ## Time a round (MODEL=tiny|resnet18|gpt2|... CLIENTS=4 RO
 	@$(BIN)/python -m tests.bench.bench_round $(MODEL) $(CLIENTS) $(ROUNDS) --trainer $(TRAINER) $(if $(TLS),--tls) \
 		--dir $(DIR) $(if $(KEEP),--keep)
 
+bench-processes: $(STAMP) ## Throughput of two trainer processes against one, on this machine (a few minutes; PROCESSES=2)
+	@$(BIN)/python -m tests.bench.several $(if $(PROCESSES),--processes $(PROCESSES))
+
 check: $(STAMP) ## Lint, format, types, import rules, protocol, generated code (under a minute)
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/ruff check --quiet .
@@ -126,4 +131,4 @@ constraints: ## Pin what .venv holds now
 clean: ## Remove what the demo and the tools wrote, not .venv
 	@rm -rf .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
-.PHONY: help install demo demo-llm demo-classify demo-compose reproduce-heart reproduce-r8 test test-slow fault bench bench-smoke bench-round check check-protos protos generate baseline format constraints clean test-gpu test-demos
+.PHONY: help install demo demo-llm demo-classify demo-compose reproduce-heart reproduce-r8 test test-slow fault bench bench-smoke bench-round bench-processes check check-protos protos generate baseline format constraints clean test-gpu test-demos

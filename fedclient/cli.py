@@ -85,6 +85,19 @@ def start(
 
 
 @app.command()
+def join(
+    workload: Annotated[str, typer.Argument(help="A [workload.NAME] of site.toml with several nodes.")],
+    config: Annotated[Path, typer.Option(help="The site's site.toml.")] = Path("site.toml"),
+    node: Annotated[int, typer.Option(help="This machine's number; 0 is where `fedclient start` runs.", min=1)] = 1,
+) -> None:
+    """Train along with the machine where the daemon runs, until stopped."""
+    # It needs what the other commands do without.
+    from fedclient import joining  # noqa: PLC0415
+
+    joining.join(load_site(config), workload, node)
+
+
+@app.command()
 def health(
     config: Annotated[Path, typer.Option(help="The site's site.toml.")] = Path("site.toml"),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

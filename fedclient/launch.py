@@ -19,8 +19,9 @@ from typing import Any, NoReturn
 import fedclient
 import fedlink
 from fedclient.child import Child
-from fedclient.settings import SiteSettings
+from fedclient.settings import SiteSettings, WorkloadSettings
 from fedclient.spool import DISK_REFUSES
+from fedclient.trainer.team import python_command
 from fedclient.trainer.wire import (
     PROTOCOL,
     Description,
@@ -50,7 +51,11 @@ __all__ = [
 ]
 
 _NO_ROOM = tuple(f"[Errno {number}]" for number in DISK_REFUSES)
-_QUOTES_NOTHING = frozenset({"CannotCompileError", "DataError", "LimitUncountedError", "PretrainedError"})
+_PASSING = (FailReason.OUT_OF_MEMORY, FailReason.CRASHED, FailReason.STALLED)
+"""What another attempt may be spared."""
+_QUOTES_NOTHING = frozenset(
+    {"CannotCompileError", "CannotMeasureError", "DataError", "LimitUncountedError", "PretrainedError"}
+)
 CANCEL_GRACE = 10.0
 """Seconds a job has to stop by itself when it is cancelled."""
 
@@ -217,7 +222,8 @@ class Trainer:
             yield
         except TrainerFailed as e:
             self._log.info("trainer failed", reason=e.reason.value, error=e.message, output=str(self.log_path))
-            if e.reason not in (FailReason.EXCEPTION, FailReason.BASE_MISMATCH, FailReason.CANCELLED):
+            stays = e.reason in (FailReason.EXCEPTION, FailReason.BASE_MISMATCH) and not self._workload.distributed
+            if not stays and e.reason is not FailReason.CANCELLED:
                 await self._end()
             raise
         except BaseException:
@@ -250,7 +256,7 @@ class Trainer:
         python = self._site.interpreter(self._name)
         self._runtime_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._child = child = await Child.spawn(
-            [str(python), "-P", "-X", "faulthandler", "-m", "fedclient.trainer.worker"],
+            [str(python), *trainer_program(self._workload, self._name, self._device, self._runtime_dir)],
             env=self._environment(python),
             cwd=self._site.directory,
             log=self.log_path,
@@ -337,15 +343,16 @@ class Trainer:
         if no_room:
             cause = "the site's disk is full or cannot be written"
         said = f"{what}: {cause}, step {failure.step}"
-        if failure.reason is FailReason.BASE_MISMATCH:
+        if failure.reason in (FailReason.BASE_MISMATCH, FailReason.CRASHED, FailReason.STALLED):
             said = failure.text
         raise TrainerFailed(
             failure.reason,
             f"workload {self._name}: {said}",
             exception_class=failure.exception_class,
+            exit_code=failure.exit_code,
             step=failure.step,
             memory_bytes=failure.memory_bytes,
-            retryable=no_room or failure.reason is FailReason.OUT_OF_MEMORY,
+            retryable=no_room or failure.reason in _PASSING,
             no_room=no_room,
             output=f"{failure.text}\n{await child.tail()}".strip(),
         )
@@ -365,6 +372,34 @@ async def _beside(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     finally:
         task.cancel()
         await asyncio.wait([task])
+
+
+def trainer_program(
+    workload: WorkloadSettings, name: str, device: str, runtime_dir: Path, *, node: int = 0
+) -> list[str]:
+    """What a trainer's interpreter is to run, with its arguments: the trainer, or what starts several.
+
+    Args:
+        workload: what is trained.
+        name: what it is called.
+        device: where.
+        runtime_dir: as of `Trainer`.
+        node: this machine's number among `nodes`.
+    """
+    several = workload.distributed
+    if several is None or several.alone:
+        return python_command("fedclient.trainer.worker")
+    options = {
+        "processes": several.processes,
+        "strategy": several.strategy,
+        "device": device,
+        "nodes": several.nodes,
+        "node": node,
+        "rendezvous": several.rendezvous,
+        "stall-after": workload.stall_after,
+        "home": runtime_dir / f"ranks-{name}-{device.replace(':', '')}",
+    }
+    return python_command("fedclient.trainer.launcher", [f"--{key}={value}" for key, value in options.items()])
 
 
 def link_packages(directory: Path) -> Path:

@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -32,6 +32,30 @@ class Limit(Config):
     max: float | None = None
 
 
+class DistributedSettings(Config):
+    """`[workload.NAME.distributed]`: train with several processes, through torch's own launcher."""
+
+    processes: int | Literal["auto"] = Field("auto", ge=1, le=1024)
+    """On each machine; "auto": one for each GPU, or one."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """A whole model in each process, or a share of it."""
+    nodes: int = Field(1, ge=1, le=4096)
+    """Machines; on the others `fedclient join` is to run."""
+    rendezvous: str = Field("", pattern=r"^([A-Za-z0-9._-]+:\d{1,5})?$")
+    """HOST:PORT of this machine, where the others find it."""
+
+    @model_validator(mode="after")
+    def _nodes(self) -> Self:
+        if (self.nodes > 1) != bool(self.rendezvous):
+            raise ValueError("nodes and rendezvous belong together: HOST:PORT of this machine, for the other ones")
+        return self
+
+    @property
+    def alone(self) -> bool:
+        """Whether one process trains, as without this table."""
+        return self.processes == 1 and self.nodes == 1
+
+
 class WorkloadSettings(Config):
     """`[workload.NAME]`: one thing this site is ready to train."""
 
@@ -54,6 +78,8 @@ class WorkloadSettings(Config):
     """`[workload.NAME.parameters]`: which parameters of a full model train."""
     precision: PrecisionSettings | None = None
     """`[workload.NAME.precision]`: what is computed and held in which dtype."""
+    distributed: DistributedSettings | None = None
+    """`[workload.NAME.distributed]`: train with several processes."""
     share: WorkLimits = WorkLimits()
     """`[workload.NAME.share]`: what this site does in a round at most."""
     limits: Mapping[str, Limit] = Field(default_factory=dict)
@@ -87,6 +113,11 @@ class WorkloadSettings(Config):
             raise ValueError(f"a script does not read {min(unread)}: give it what it takes by args")
         if self.args and not self.script:
             raise ValueError("args are for a script: trainer names none")
+        if self.script and self.distributed and not self.distributed.alone:
+            raise ValueError(
+                "[distributed] is not for a script, which trains by itself in one process: say processes = 1, or make "
+                "a class of it"
+            )
         return self
 
     @model_validator(mode="after")
@@ -101,6 +132,15 @@ class WorkloadSettings(Config):
             raise ValueError(
                 "[precision] quantize is for [lora]: quantized weights cannot be trained, adapters on them can"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _one_process(self) -> Self:
+        if self.precision and self.distributed and not self.distributed.alone:
+            if self.precision.compile:
+                raise ValueError("[precision] compile is for one process: leave it or [distributed] out")
+            if self.precision.quantize != "none" and self.distributed.strategy == "fsdp":
+                raise ValueError('[precision] quantize: a quantized base is not shared out; say strategy = "ddp"')
         return self
 
     @field_validator("data")
@@ -194,6 +234,16 @@ class SiteSettings(Config):
     def _devices_differ(self) -> Self:
         if not self.devices or len(set(self.devices)) != len(self.devices):
             raise ValueError("devices: name at least one, each once")
+        return self
+
+    @model_validator(mode="after")
+    def _devices_of_several(self) -> Self:
+        several = [name for name, w in self.workload.items() if w.distributed and not w.distributed.alone]
+        if several and any(":" in device for device in self.devices):
+            raise ValueError(
+                f'devices: [workload.{several[0]}.distributed] gives each process a GPU of its own: say "auto", '
+                "and choose among GPUs by CUDA_VISIBLE_DEVICES"
+            )
         return self
 
     @property

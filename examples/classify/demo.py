@@ -1,12 +1,15 @@
 """The demo: three sites fine-tune a text classifier together, and no text leaves a site.
 
-    python -m examples.classify.demo [--seconds N] [DIRECTORY]
+    python -m examples.classify.demo [--seconds N] [--processes N] [--learning-rate auto] [DIRECTORY]
 
 Every parameter of MiniLM trains and travels, 91 MB each way. The sites hold Reuters texts of eight topics, each other
 shares of each. There is no training code: site.toml names the built-in workload. Starts one `fedserver serve` and
 three `fedclient start` as processes of their own, creates the run with the commands a person would type (each is
 printed), and then trains on each site alone and on the pooled texts with `fedclient train-local`, in equal steps. How
 many steps those are follows from how long one takes on this machine. The last line is `result {json}`.
+
+With `--learning-rate auto` the sites measure the rate before the first round, for which the demo takes longer; every
+training alone then has the rate of the run, so that only the texts differ.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from rich.table import Table
 from examples import federation
 from examples.classify import data, scores
 from examples.classify.sites import CORES, POOLED, Alone, Sites, Workload, threads
+from examples.training import Training, add_options, chosen
 
 RUN = "topics"
 NAMES = ("site-1", "site-2", "site-3")
@@ -48,7 +52,7 @@ FORWARD = 0.3
 FEWEST_STEPS, MOST_STEPS = 5, 40
 """In a round, however slow or fast the machine."""
 PROBE = 4
-WORKLOAD = Workload(RUN, f"seed-{SEED}", MAX_LENGTH, {})
+RATE = 3e-4
 RUN_FILE = """\
 name = "{name}"
 workload = "topics"
@@ -59,12 +63,15 @@ seed = {seed}
 [settings]
 steps = {steps}
 batch_size = {batch}
-learning_rate = 3e-4
+learning_rate = {rate}
 warmup = 0.1
 eval_batch_size = 32
 
 [cohort]
 min_clients = {sites}
+
+[calibration]
+deadline = "12h"
 
 [evaluation]
 enabled = {evaluation}
@@ -77,6 +84,8 @@ class Course:
 
     versions: list[dict[str, Any]] = field(default_factory=list)
     rounds: list[dict[str, Any]] = field(default_factory=list)
+    measured: dict[str, float] = field(default_factory=dict)
+    """Settings that the sites have measured."""
 
     @property
     def bytes_per_round(self) -> int:
@@ -85,59 +94,75 @@ class Course:
         return round(statistics.mean(moved))
 
 
-def main(root: Path, seconds: float) -> None:
+def main(root: Path, seconds: float, training: Training) -> None:
     """Run the demo in `root`, which is emptied first (but for the data)."""
     sites = Sites(root)
     sites.prepare()
     data.deal(sites.data, NAMES, alpha=0.5, seed=SEED, tests=TESTS)
     started = time.monotonic()
-    show_shares(sites)
+    workload = Workload(RUN, f"seed-{SEED}", MAX_LENGTH, training.tables)
+    show_shares(sites, workload)
     init = root / "topics-init"
     with contextlib.ExitStack() as processes:
-        sites.start(processes, NAMES, [WORKLOAD])
+        sites.start(processes, NAMES, [workload], training)
         sites.init_model(root / "sites" / NAMES[0] / "site.toml", RUN, init, SEED)
-        steps = affordable_steps(sites, init, seconds)
-        run_file = write_run_file(root, RUN, steps)
+        steps = affordable_steps(sites, workload, init, seconds, training)
+        rate = RATE if training.learning_rate is None else training.learning_rate
+        run_file = write_run_file(root, RUN, steps, rate)
+        if training.measures:
+            print("first the sites measure the learning rate, which takes longer than to train", flush=True)
         sites.operate(["run", "create", str(run_file)], quiet=True)
         course = follow(sites)
         sites.operate(["model", "export", RUN, str(root / "model")])
-    alone = train_alone(sites, init, steps)
+    # The rate that was measured for all, so that nothing but the texts differs.
+    run_file = write_run_file(root, "alone", steps, course.measured.get("learning_rate", rate))
+    jobs = [Alone(who, workload, run_file, init, root / "alone" / who) for who in (POOLED, *NAMES)]
+    sites.train_alone(jobs, training)
+    alone = {job.who: job.output for job in jobs}
     models = {"federated": root / "model"} | alone
-    tests = sites.data / WORKLOAD.dealt / f"{POOLED}-test.jsonl"
+    tests = sites.data / workload.dealt / f"{POOLED}-test.jsonl"
     found = dict(zip(models, scores.score(list(models.values()), tests, MAX_LENGTH, CORES), strict=True))
     report(root, course, found, steps, time.monotonic() - started)
 
 
-def write_run_file(root: Path, name: str, steps: int, rounds: int = ROUNDS) -> Path:
+def write_run_file(root: Path, name: str, steps: int, rate: float | str, rounds: int = ROUNDS) -> Path:
     """Write a run file; only the federated run evaluates its versions."""
     path = root / f"{name}.toml"
     evaluation = json.dumps(name == RUN)
     text = RUN_FILE.format(
-        name=name, rounds=rounds, seed=SEED, steps=steps, sites=len(NAMES), batch=BATCH, evaluation=evaluation
+        name=name,
+        rounds=rounds,
+        seed=SEED,
+        steps=steps,
+        rate=json.dumps(rate),
+        sites=len(NAMES),
+        batch=BATCH,
+        evaluation=evaluation,
     )
     path.write_text(text, encoding="utf-8")
     return path
 
 
-def show_shares(sites: Sites) -> None:
+def show_shares(sites: Sites, workload: Workload) -> None:
     """Print how often each site has each topic."""
     table = Table(box=None)
     for title in ("texts to train on", *data.LABELS, "all"):
         table.add_column(title, justify="right")
     for name in NAMES:
-        counts = data.counts(sites.data / WORKLOAD.dealt / f"{name}-train.jsonl")
+        counts = data.counts(sites.data / workload.dealt / f"{name}-train.jsonl")
         table.add_row(name, *map(str, counts.values()), str(sum(counts.values())))
     Console().print(table, "")
 
 
-def affordable_steps(sites: Sites, init: Path, seconds: float) -> int:
+def affordable_steps(sites: Sites, workload: Workload, init: Path, seconds: float, training: Training) -> int:
     """Steps in a round, so that the demo takes about so many seconds; measured and printed."""
-    run_file = write_run_file(sites.root, "probe", steps=PROBE, rounds=1)
-    lanes = min(CORES, len(NAMES))
+    run_file = write_run_file(sites.root, "probe", PROBE, RATE, rounds=1)
+    lanes = training.lanes(len(NAMES), CORES)
+    environ = threads(len(NAMES) * training.processes)
 
     def measure(name: str) -> float:
-        site = sites.site(name, [WORKLOAD], name=f"probe-{name}")
-        versions = federation.train_alone(site, run_file, init, threads(len(NAMES)))
+        site = sites.site(name, [workload], name=f"probe-{name}")
+        versions = federation.train_alone(site, run_file, init, environ)
         rate: float = versions[-1]["train"]["steps_per_second"]
         return 1 / rate
 
@@ -171,6 +196,8 @@ def follow(sites: Sites) -> Course:
     for event in sites.events(RUN):
         if event["kind"] == "round_committed":
             course.rounds.append(event["data"])
+        elif event["kind"] == "run_calibrated":
+            course.measured = event["data"]["settings"]
         elif event["kind"] == "version_evaluated":
             course.versions.append(event["data"])
             print(line(course), flush=True)
@@ -193,14 +220,6 @@ def line(course: Course) -> str:
     return f"{version['version']:>4}{texts[0]:>17}" + "".join(f"{text:>15}" for text in texts[1:]) + rest
 
 
-def train_alone(sites: Sites, init: Path, steps: int) -> dict[str, Path]:
-    """Train on the pooled texts and on each site's, in as many steps as each site had; returns the models."""
-    run_file = write_run_file(sites.root, "alone", steps)
-    jobs = [Alone(who, WORKLOAD, run_file, init, sites.root / "alone" / who) for who in (POOLED, *NAMES)]
-    sites.train_alone(jobs)
-    return {job.who: job.output for job in jobs}
-
-
 def report(root: Path, course: Course, found: dict[str, scores.Score], steps: int, seconds: float) -> None:
     """Print the comparison, draw the plot, and end with the result line."""
     table = Table(box=None)
@@ -217,7 +236,7 @@ def report(root: Path, course: Course, found: dict[str, scores.Score], steps: in
     plot = root / "classify.png"
     draw(plot, course, found, steps)
     print(f"model  {root / 'model'}\nplot   {plot}")
-    result = {"run": RUN, "rounds": ROUNDS, "steps": steps}
+    result: dict[str, object] = {"run": RUN, "rounds": ROUNDS, "steps": steps, "measured": course.measured}
     for measure in ("accuracy", "macro_f1"):
         result |= {
             f"{measure}_federated": round(found["federated"][measure], 4),
@@ -258,13 +277,14 @@ def draw(path: Path, course: Course, found: dict[str, scores.Score], steps: int)
     plt.close(figure)
 
 
-def arguments() -> tuple[Path, float]:
-    """The command line: where to work, and for how long."""
+def arguments() -> tuple[Path, float, Training]:
+    """The command line: where to work, for how long, and how to train."""
     parser = argparse.ArgumentParser(description="Three sites fine-tune a text classifier together.")
     parser.add_argument("directory", nargs="?", default=".demo/classify", type=Path)
     parser.add_argument("--seconds", default=SECONDS, type=float, help="about how long it may take")
+    add_options(parser)
     given = parser.parse_args()
-    return given.directory.resolve(), given.seconds
+    return given.directory.resolve(), given.seconds, chosen(given)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from examples import federation
 from examples.classify import data
+from examples.training import PLAIN, Training, tables_toml
 
 POOLED = "pooled"
 """Who would have all sites' texts."""
@@ -43,7 +44,7 @@ class Workload:
         name: what runs call it.
         dealt: the directory that `data.deal` wrote, in the directory of the data.
         max_length: tokens of a text at most.
-        tables: further tables of site.toml, by name: `parameters`, `lora`, `precision`.
+        tables: further tables of site.toml, by name: `parameters`, `lora`, `precision`, `distributed`.
     """
 
     name: str
@@ -61,10 +62,7 @@ class Workload:
             labels=json.dumps(data.LABELS),
             max_length=self.max_length,
         )
-        for table, entries in self.tables.items():
-            lines = "".join(f"{key} = {json.dumps(value)}\n" for key, value in entries.items())
-            text += f"\n[workload.{self.name}.{table}]\n{lines}"
-        return text
+        return text + tables_toml(self.name, self.tables)
 
 
 @dataclass(frozen=True)
@@ -108,11 +106,18 @@ class Sites(federation.Federation):
         path.write_text("".join(parts), encoding="utf-8")
         return path
 
-    def start(self, processes: contextlib.ExitStack, names: Sequence[str], workloads: Sequence[Workload]) -> None:
+    def start(
+        self,
+        processes: contextlib.ExitStack,
+        names: Sequence[str],
+        workloads: Sequence[Workload],
+        training: Training = PLAIN,
+    ) -> None:
         """Start the server and the daemons of some sites."""
         server = self.start_server(processes)
+        environ = threads(len(names) * training.processes)
         for name in names:
-            self.start_site(processes, self.site(name, workloads, server), threads(len(names)))
+            self.start_site(processes, self.site(name, workloads, server), environ)
 
     def init_model(self, site: Path, workload: str, path: Path, seed: int, *, quiet: bool = False) -> None:
         """Write MiniLM with a new head drawn from a seed, and give it to the server."""
@@ -120,15 +125,16 @@ class Sites(federation.Federation):
         federation.call(command, quiet=quiet)
         self.operate(["model", "import", str(path)], quiet=quiet)
 
-    def train_alone(self, jobs: Sequence[Alone]) -> None:
+    def train_alone(self, jobs: Sequence[Alone], training: Training = PLAIN) -> None:
         """Train without a server, as many jobs at a time as there are processors; the longest should come first.
 
         A line is printed as each is over.
         """
-        lanes = min(CORES, len(jobs))
+        lanes = training.lanes(len(jobs), CORES)
+        environ = threads(lanes * training.processes)
         print(f"\nfor comparison, {len(jobs)} trainings alone, {lanes} at a time", flush=True)
         with ThreadPoolExecutor(lanes) as pool:
-            for future in as_completed([pool.submit(self._train_alone, job, threads(lanes)) for job in jobs]):
+            for future in as_completed([pool.submit(self._train_alone, job, environ) for job in jobs]):
                 print(f"  {future.result()}", flush=True)
 
     def _train_alone(self, job: Alone, environ: Mapping[str, str]) -> str:

@@ -27,6 +27,8 @@ class Comparison:
     """What the server says of each round."""
     alone: Mapping[str, float]
     """Perplexity of what was trained at each site alone, and of `pooled`, on all sites' held-out passages."""
+    measured: Mapping[str, float]
+    """Settings that the sites have measured."""
     samples: Sequence[str]
     """What each version made of the prompt."""
     steps: int
@@ -73,6 +75,7 @@ def report(root: Path, found: Comparison) -> None:
         "run": "shakespeare",
         "rounds": len(found.versions) - 1,
         "steps_per_round": found.steps,
+        "measured": found.measured,
         "step_seconds": round(found.step_seconds, 2),
         "perplexity_before": round(found.federated[0], 3),
         "perplexity_federated": round(found.federated[-1], 3),

@@ -18,6 +18,7 @@ from fedclient.trainer.checkpoint import Checkpoints
 from fedclient.trainer.course import Course
 from fedclient.trainer.loop import Loop
 from fedclient.trainer.share import Share
+from fedclient.trainer.team import Team
 from fedclient.trainer.wire import JobKind, Progress
 from fedlink.failpoints import reach
 
@@ -170,6 +171,7 @@ class Context:
         version: version of the run's model that was loaded.
         limits: the bounds of each numeric setting at this site, where there are any: the class's and the owner's.
         measured: names of the settings that the run gave as "auto", and that are numbers now.
+        team: the processes that train together.
     """
 
     def __init__(
@@ -188,7 +190,9 @@ class Context:
         measured: frozenset[str] = frozenset(),
         report: Callable[[Progress], None] = lambda _: None,
         cancelled: Callable[[], bool] = lambda: False,
+        team: Team | None = None,
     ) -> None:
+        self.team = team or Team()
         self.settings = settings
         self.device = device
         self.seed = seed
@@ -200,6 +204,8 @@ class Context:
         self._num_examples: int | None = None
         self._counted = False
         self._share = Share()
+        self._in_parts = False
+        self._saw: int | None = None
         self.limits = limits or {}
         self.measured = measured
         self._max_steps = max_steps
@@ -236,11 +242,14 @@ class Context:
                     break
                 self._turn(loop)
                 reach("trainer.step")
+                self._in_parts = False
                 yield i
                 self._step += 1
         self.alive()
 
-    def batches(self, data: Iterable[Any], *, epochs: int = 1, steps: int | None = None) -> Iterator[Any]:
+    def batches(
+        self, data: Iterable[Any], *, epochs: int = 1, steps: int | None = None, split: bool = True
+    ) -> Iterator[Any]:
         """Yield the batches of `data`, each of them a step as in `steps`: so many epochs, or so many steps.
 
         An interrupted training goes on with the same remaining batches: the epoch is begun again under the random
@@ -250,9 +259,11 @@ class Context:
             data: a torch `DataLoader`, or anything that can be iterated over once an epoch.
             epochs: how often to go through it.
             steps: how many batches to take in all, instead of `epochs`; begins anew as often as needed.
+            split: of several processes, give each its part of every batch; see `share`.
 
         Raises:
             ValueError: there are no batches to take steps with.
+            TypeError: a batch cannot be split.
         """
         length = len(data) if isinstance(data, Sized) else None
         size = steps if steps is not None else None if length is None else epochs * length
@@ -265,9 +276,35 @@ class Context:
             for batch in self._epochs(loop, data, None if steps is not None else epochs, limit):
                 reach("trainer.step")
                 self._share.hand_out(batch)
-                yield batch
+                self._in_parts = split and self.world_size > 1
+                yield self.share(batch) if split else batch
                 self._step += 1
         self.alive()
+
+    def share(self, batch: Any) -> Any:
+        """This process' part of a batch, for a loop over `steps`; the batch itself where one process trains.
+
+        The gradient is then that of the mean over the whole batch, if the loss is the mean over the part. A part is
+        never empty: if there are fewer examples than processes, some compute one for nothing.
+
+        Raises:
+            TypeError: it is none of tensors, arrays, lists, and tuples, lists and dicts of these.
+        """
+        if self.world_size == 1:
+            return batch
+        share = self.team.share(batch)
+        self.team.weight = share.weight
+        return share.part
+
+    @property
+    def rank(self) -> int:
+        """The number of this process among those that train together, from 0."""
+        return self.team.rank
+
+    @property
+    def world_size(self) -> int:
+        """How many processes train together."""
+        return self.team.world_size
 
     def count_step(self, total: int = 0) -> bool:
         """Say that a step is over of a loop that is none over `steps` or `batches`; whether another may follow.
@@ -303,9 +340,21 @@ class Context:
     def saw(self, examples: int) -> None:
         """Say how many examples a pass uses, where that is not the length of its batch's first tensor.
 
-        Needed in loops over `steps` for a limit on `examples`, and to show examples a second.
+        Needed in loops over `steps` for a limit on `examples`, and to show examples a second. Of several processes each
+        says it of the part that `batches` gave it; where a batch is not split, they all say it of the whole.
         """
-        self._share.saw(examples)
+        if not self._in_parts:
+            self._share.saw(examples)
+            return
+        # What counts for nothing is an example of another's part. The sum is known when all agree.
+        self._saw = (self._saw or 0) + (examples if self.team.weight else 0)
+
+    def agree(self) -> None:
+        """Where several processes train, wait for all and take up what the first one knows, as each step does."""
+        saw = self.team.agree(self._step, time.monotonic() - self._began, self._saw)
+        self._saw = None
+        if saw is not None:
+            self._share.saw(saw)
 
     def log(self, **metrics: Any) -> None:
         """Keep the last value of each metric: numbers, or tensors of one element, which are read only when reported.
@@ -342,7 +391,7 @@ class Context:
         """Examples used, the weight of the result; set it before you return.
 
         If the training is cut short of what the run asks for, the weight is reduced by itself, unless this was set
-        inside of the loop: then it counts as what was really used.
+        inside of the loop: then it counts as what was really used. With several processes it is of the whole site.
         """
         return self._num_examples
 
@@ -363,8 +412,11 @@ class Context:
 
     @property
     def seconds(self) -> float:
-        """How long the training has taken so far, with what it took before an interruption."""
-        return self.earlier_seconds + time.monotonic() - self._began
+        """How long the training has taken so far, with what it took before an interruption.
+
+        Of several processes, the first one's when the step began, so that all decide alike by it.
+        """
+        return self.earlier_seconds + self.team.clock(time.monotonic() - self._began)
 
     def expected_steps(self, steps: int, *, epoch: int = 0, examples: int = 0) -> int:
         """How many of `steps` the job's limits leave: for a schedule over the whole run, with `place`.
@@ -474,6 +526,7 @@ class Context:
         return self._share.weight(count, self._step, counted=self._counted)
 
     def _over(self, loop: Loop) -> bool:
+        self.agree()
         # Each loop makes a pass, also one that is gone on with: one that came to nothing would leave names unset that
         # the code after it uses.
         if not loop.step or self.unproven:
@@ -489,6 +542,7 @@ class Context:
             return (limit is None or loop.step < limit) and not self._over(loop)
 
         while (epochs is None or loop.epoch < epochs) and goes_on():
+            self.team.same_random(self.device)
             batches = self._course.begin_epoch(loop, data)
             while goes_on():
                 self._turn(loop)

@@ -17,7 +17,8 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import numpy as np
 from fedclient.trainer.nested import CannotHoldError, Flat, Leaf, flatten
 from fedclient.trainer.saved import WINDOW, Alive, DamagedError, Saved, Section
 from fedclient.trainer.state import ModelMismatchError, State
+from fedclient.trainer.team import Team
 from fedlink.failpoints import reach
 from fedlink.tensors import Role, ShardWriter, TensorSpec
 
@@ -51,6 +53,8 @@ class Checkpoints:
         device: the job's.
         alive: called between windows; raises to stop.
         say: tells the site's owner what is worth knowing.
+        team: the processes that train together. If each holds the whole model, the first one writes; else they must
+            write together, and the first one gets it all.
     """
 
     def __init__(
@@ -63,7 +67,9 @@ class Checkpoints:
         device: str,
         alive: Alive = lambda: None,
         say: Callable[[str], None] = lambda _: None,
+        team: Team | None = None,
     ) -> None:
+        self._team = team or Team()
         self._directory = directory
         self._owner = owner
         self._every = every
@@ -80,7 +86,9 @@ class Checkpoints:
     def look(self) -> None:
         """Open the checkpoint that is there; one that is damaged, or another job's, is taken out of the way."""
         try:
-            saved = Saved(self._directory / NAME, self.device, self._alive)
+            whole = self._team.whole
+            path, agreed = self._directory / NAME, self._team.first_says
+            saved = Saved(path, self.device, self._alive, agreed=agreed, mapped=not whole)
         except FileNotFoundError:
             return
         except DamagedError as e:
@@ -95,7 +103,7 @@ class Checkpoints:
 
     def due(self) -> bool:
         """Whether it is time to write one."""
-        return time.monotonic() - self._last >= self._every
+        return self._team.first_says(time.monotonic() - self._last >= self._every)
 
     def write(self, take: Callable[[], Mapping[str, Flat]]) -> None:
         """Write a checkpoint of the parts that `take` gives and of the model.
@@ -109,11 +117,16 @@ class Checkpoints:
         try:
             parts = take()
             model = {f"model/{name}": flatten(value, f"the model's {name}") for name, value in self._model().items()}
+            if self._team.rank:
+                _hand_over({**parts, **model})
+                self._last = time.monotonic()
+                return
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             path = self._directory / NAME
             path.with_suffix(".unusable").unlink(missing_ok=True)
             # What is left must do for the update: a training that would have passed without checkpoints passes with.
-            write_parts(path, self._owner, {**parts, **model}, spare=2 * _size(model), alive=self._alive)
+            with _all_taken({**parts, **model}, wanted=not self._team.whole) as all_parts:
+                write_parts(path, self._owner, all_parts, spare=2 * _size(model), alive=self._alive)
         except OSError as e:
             self._complain(f"a checkpoint could not be written: {e.strerror}; an interrupted training will lose more")
         except CannotHoldError as e:
@@ -218,6 +231,36 @@ def write_parts(
         raise
     reach("checkpoint.renamed")
     _sync(path.parent)
+
+
+class _Once:
+    """A leaf that is gone through once, and can be gone through to its end."""
+
+    def __init__(self, leaf: Leaf) -> None:
+        self.dtype, self.shape, self._views = leaf.dtype, leaf.shape, leaf.views()
+
+    def views(self) -> Iterator[memoryview]:
+        """See `nested.Leaf`; what is left."""
+        return self._views
+
+
+@contextlib.contextmanager
+def _all_taken(parts: Mapping[str, Flat], *, wanted: bool) -> Iterator[Mapping[str, Flat]]:
+    """See that everything the other processes hand over is taken, also where the disk refuses it."""
+    once = {name: replace(flat, leaves=[_Once(leaf) for leaf in flat.leaves]) for name, flat in parts.items()}
+    try:
+        yield once if wanted else parts
+    finally:
+        if wanted:
+            _hand_over(once)
+
+
+def _hand_over(parts: Mapping[str, Flat]) -> None:
+    """What writing is to a process that does not write: it gives what it holds."""
+    for flat in parts.values():
+        for leaf in flat.leaves:
+            for _ in leaf.views():
+                pass
 
 
 def _write_leaf(writer: ShardWriter, name: str, leaf: Leaf, alive: Alive) -> int:

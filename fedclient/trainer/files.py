@@ -194,6 +194,18 @@ def write_update(
     return tuple(paths)
 
 
+def hand_over_update(
+    state: State, model: ModelDirectory, *, write: Write, gradient: Mapping[str, Any] | None, alive: Alive
+) -> None:
+    """What `write_update` is to a rank that holds a share of the model, and writes nothing: the first one gets it."""
+    for shard in model.shards:
+        with state.at_rest():
+            for stored in shard.changing:
+                alive()
+                for _ in state.encoded(stored.spec, write, stored.spec.dtype, _no_start, gradient):
+                    raise AssertionError("only the first rank is given bytes")
+
+
 def write_model(state: State, path: Path, base: Sequence[BaseTensor] = ()) -> None:
     """Write a whole built model to one file; its roles, tied names and the base it stands on go to the metadata.
 

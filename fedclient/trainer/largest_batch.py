@@ -11,8 +11,10 @@ with it for SGD, Goyal et al. 2017, arXiv:1706.02677, and with its square root f
 
 Running out of memory is an exception of torch, numpy or Python. On a CPU the system would rather kill the process, or
 another one; so the address space is limited meanwhile to what is free, and this process offers itself as the first to
-be killed. Each size is noted at the site before it is tried: if the process dies of it, the daemon, which is another
-process, begins the search again, and it goes on below that size.
+be killed. Several processes with a whole model each try their parts of a size at the same time, and share what is free;
+it fits if it does in all. They exchange no gradients meanwhile: one without memory would leave the others waiting.
+Each size is noted at the site before it is tried: if the process dies of it, the daemon, which is another process,
+begins the search again, and it goes on below that size.
 """
 
 from __future__ import annotations
@@ -29,6 +31,10 @@ CLOSE = 1.1
 """The search ends where what does not fit is at most so many times what fits."""
 
 
+class CannotMeasureError(ValueError):
+    """A batch size cannot be measured as this site trains; the text says what to do."""
+
+
 class NothingFitsError(RuntimeError):
     """Not even a batch of one example fits."""
 
@@ -39,22 +45,35 @@ def find_batch_size(ctx: Context, attempt: Callable[[int], object], *, most: int
     Args:
         ctx: of `Workload.calibrate`.
         attempt: does a training step with so many examples, those that take most memory, as the run would do it: with
-            the optimizer's state, twice, so that the second finds everything there. It may leave the weights as it
+            the optimizer's state, twice, so that the second finds everything there. Of several processes each does
+            its part (`Context.share`), and does not wait for another. It may leave the weights as it
             likes if they are brought back afterwards (`fedclient.trainer.undone`).
         most: no larger batch is wanted: that of an optimizer step, or all examples.
         kept: `Workload.site.kept`, where sizes are noted before they are tried.
 
     Raises:
+        CannotMeasureError: each process has a share of the model.
         NothingFitsError: not even one example fits.
     """
+    team = ctx.team
+    if not team.whole:
+        raise CannotMeasureError(
+            'batch_size = "auto" cannot be measured with strategy = "fsdp", where a process without memory would leave '
+            "the others waiting in the middle of a step: set a number"
+        )
     keep_whole()
-    attempts = Attempts(kept, f"{ctx.device}/{most}/{sorted(vars(ctx.settings).items())}")
-    fits, fails = attempts.fits, attempts.fails or most + 1
+    processes = f"/{team.world_size}" if team.world_size > 1 else ""
+    kind = f"{ctx.device}/{most}/{sorted(vars(ctx.settings).items())}{processes}"
+    attempts = Attempts(None if team.rank else kept, kind)
+    fits: int
+    fails: int
+    fits, fails = team.told([attempts.fits, attempts.fails or most + 1])
     while not fails <= max(fits + 1, int(fits * CLOSE)):
         size = min(2 * fits or 1, most) if fails > most else (fits + fails) // 2
+        ctx.agree()
         ctx.alive()
         attempts.trying(size)
-        if fitted := _fits(attempt, size, ctx.device):
+        if fitted := team.all_true(_fits(attempt, size, ctx)):
             fits = size
         else:
             fails = size
@@ -66,9 +85,11 @@ def find_batch_size(ctx: Context, attempt: Callable[[int], object], *, most: int
     return fits
 
 
-def _fits(attempt: Callable[[int], object], size: int, device: str) -> bool:
+def _fits(attempt: Callable[[int], object], size: int, ctx: Context) -> bool:
+    team = ctx.team
     try:
-        with within_free_memory(device):
+        # None takes any before all have seen what there is.
+        with within_free_memory(ctx.device, among=team.beside, ready=lambda: team.all_true(True)):
             attempt(size)
     except Exception as error:
         if not is_out_of_memory(error):

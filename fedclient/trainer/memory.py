@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _SHARE = 0.9
@@ -44,13 +44,19 @@ _SIGNS = ("DefaultCPUAllocator", "MPS backend out of memory", "could not create 
 
 
 @contextlib.contextmanager
-def within_free_memory(device: str) -> Iterator[None]:
+def within_free_memory(device: str, *, among: int = 1, ready: Callable[[], object] = lambda: None) -> Iterator[None]:
     """Have allocations on a CPU fail beyond nine tenths of the memory that is free, instead of the system killing.
 
     Of Linux; elsewhere, and for accelerators, whose allocations fail by themselves, nothing is done. What limits the
     process already stays in force. It also becomes the first that the system kills for want of memory.
+
+    Args:
+        device: where tensors lie.
+        among: how many processes share what is free.
+        ready: called when this one has seen how much that is.
     """
     free = _free_memory() if device == "cpu" else None
+    ready()
     if free is None:
         yield
         return
@@ -58,7 +64,7 @@ def within_free_memory(device: str) -> Iterator[None]:
         Path("/proc/self/oom_score_adj").write_text(_FIRST_TO_GO, encoding="ascii")
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-    allowed = pages * resource.getpagesize() + int(free * _SHARE)
+    allowed = pages * resource.getpagesize() + int(free * _SHARE / among)
     if soft != resource.RLIM_INFINITY:
         allowed = min(allowed, soft)
     resource.setrlimit(resource.RLIMIT_AS, (allowed, hard))

@@ -64,6 +64,10 @@ class Source(Protocol):
         """A leaf's dtype and shape."""
         ...
 
+    def mapped(self, number: int) -> npt.NDArray[Any] | None:
+        """A leaf's bytes where they lie in the file; None: they are to be read."""
+        ...
+
     def fill(self, number: int, view: memoryview) -> None:
         """Read a leaf's bytes."""
         ...

@@ -69,6 +69,12 @@ class OwnBase:
         if self._marks is None:
             self._marks = self._state.base_marks()
 
+    def moved_to(self, state: State) -> OwnBase:
+        """The same base, where it lies from now on; named by its content already."""
+        moved = OwnBase(state)
+        moved._tensors = self._tensors
+        return moved
+
     @property
     def touched(self) -> bool:
         """Whether something has written to the base since: the model must be built anew."""

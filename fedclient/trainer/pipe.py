@@ -66,11 +66,12 @@ class Pipe:
                         self._shards = queue.Queue()
                         self._messages.put(message)
         finally:
-            _end()
+            end_group()
 
 
-def _end() -> None:
-    # The children first (data loaders hold the accelerator too); the daemon made this process lead its own group.
+def end_group() -> None:
+    """End this process, and those it started."""
+    # The children first (data loaders hold the accelerator too); whoever started this process made it lead a group.
     if os.getpgrp() == os.getpid():
         os.killpg(os.getpgrp(), signal.SIGKILL)
     os._exit(1)

@@ -78,8 +78,6 @@ def find_learning_rate(
     low = min(low, high)
     begin = starting_over(model, ctx)
     shares = list(schedule)[:TRIAL_STEPS] or [1.0] * TRIAL_STEPS
-    with begin():
-        edge = _edge(ctx, descend, low, high)
 
     def rate_at(quarters: int) -> float:
         return edge * 10 ** (quarters / 4)
@@ -98,13 +96,16 @@ def find_learning_rate(
         least = min(losses.values())
         return min(quarters for quarters, loss in losses.items() if loss <= least * EQUAL)
 
-    best = best_of(0, -2, -4)
-    for _ in range(_FURTHER):
-        found = best_of(best - 2, best + 2)
-        if found == best:
-            break
-        best = found
-    return _rounded(rate_at(best_of(best - 1, best + 1)), low, high)
+    with ctx.team.training(model, ctx):
+        with begin():
+            edge = _edge(ctx, descend, low, high)
+        best = best_of(0, -2, -4)
+        for _ in range(_FURTHER):
+            found = best_of(best - 2, best + 2)
+            if found == best:
+                break
+            best = found
+        return _rounded(rate_at(best_of(best - 1, best + 1)), low, high)
 
 
 def _edge(ctx: Context, descend: Descend, low: float, high: float) -> float:
@@ -127,7 +128,7 @@ def _trained(ctx: Context, steps: Iterator[Any], count: int, held_out: Callable[
     """What a training leaves as held-out loss; infinite if it diverges."""
     if not all(math.isfinite(loss) for loss in _losses(ctx, steps, count)):
         return math.inf
-    loss = held_out()
+    loss = ctx.team.first(held_out())
     return loss if math.isfinite(loss) else math.inf
 
 
@@ -137,6 +138,8 @@ def _losses(ctx: Context, steps: Iterator[Any], count: int) -> Iterator[float]:
         loss = math.nan
         with suppress(OverflowError, FloatingPointError, StopIteration):
             loss = float(next(steps))
+        # Where several processes search, each step is one of all.
+        loss = ctx.team.first(loss)
         yield loss
         if not math.isfinite(loss):
             return

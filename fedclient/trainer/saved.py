@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fedclient.trainer.nested import Flat, rebuild
 from fedlink.tensors import TensorError, read_array, read_header, read_into
@@ -33,6 +35,8 @@ class Saved:
         path: the file.
         device: where tensors go that were on an accelerator.
         alive: called between windows.
+        agreed: what the first of several processes says, which must all say the same.
+        mapped: give tensors as they lie in the file, of which each process then reads what it holds.
 
     Attributes:
         owner: the job that wrote it.
@@ -42,8 +46,18 @@ class Saved:
         DamagedError: it is not as it was written, or cannot be read.
     """
 
-    def __init__(self, path: Path, device: str, alive: Alive) -> None:
+    def __init__(
+        self,
+        path: Path,
+        device: str,
+        alive: Alive,
+        *,
+        agreed: Callable[[bool], bool] = bool,
+        mapped: bool = False,
+    ) -> None:
         self.device = device
+        self._agreed = agreed
+        self._mapped = mapped
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except (FileNotFoundError, NotADirectoryError):
@@ -84,17 +98,27 @@ class Saved:
         node, leaves = self._parts[name]
         if json.dumps(node) != flat.text or leaves != [[leaf.dtype, list(leaf.shape)] for leaf in flat.leaves]:
             return False
+        same = True
         for k, leaf in enumerate(flat.leaves):
             check = 0
             for view in leaf.views():
                 check = zlib.crc32(view, check)
-            if check != self._checks[f"{self._numbers[name]}.{k}"]:
-                return False
-        return True
+            same = same and check == self._checks[f"{self._numbers[name]}.{k}"]
+        return self._agreed(same)
 
     def read(self, leaf: str, view: memoryview) -> None:
         """Fill a buffer with a leaf's bytes."""
         read_into(self._fd, view, self._stored[leaf].offset)
+
+    def map(self, leaf: str) -> npt.NDArray[np.uint8] | None:
+        """A leaf's bytes as they lie in the file, to be written to by nobody; None if they are to be read."""
+        stored = self._stored[leaf]
+        if not self._mapped or not stored.spec.nbytes:
+            return None
+        start = stored.offset - stored.offset % mmap.ALLOCATIONGRANULARITY
+        end = stored.offset + stored.spec.nbytes
+        data = mmap.mmap(self._fd, end - start, access=mmap.ACCESS_COPY, offset=start)
+        return np.frombuffer(data, np.uint8)[stored.offset - start :]
 
     def _check(self, alive: Alive) -> None:
         state = read_array(self._fd, self._stored["state"]).tobytes()
@@ -155,6 +179,9 @@ class _Leaves:
     def leaf(self, number: int) -> tuple[str, tuple[int, ...]]:
         dtype, shape = self.specs[number]
         return dtype, tuple(shape)
+
+    def mapped(self, number: int) -> npt.NDArray[np.uint8] | None:
+        return self.saved.map(f"{self.part}.{number}")
 
     def fill(self, number: int, view: memoryview) -> None:
         self.saved.read(f"{self.part}.{number}", view)

@@ -130,7 +130,10 @@ class TorchState:
         if any(_identity(tensors[name]) != _identity(target) for name in names):
             raise ModelMismatchError(f"the run ties {', '.join(names)}; the model that build_model returned does not")
         with torch.no_grad():
-            _fill(target, spec, fill)
+            self._fill(target, spec, fill)
+
+    def _fill(self, target: torch.Tensor, spec: TensorSpec, fill: Fill) -> None:
+        fill_tensor(target, spec, fill)
 
     def marks(self, names: Sequence[str]) -> object:
         """See `State`: where the bytes lie, and torch's count of writes in place."""
@@ -151,16 +154,22 @@ class TorchState:
             tensor = torch.zeros(()).expand(spec.shape) if found is None else found
             check_gradient(spec, tensor.shape)
         wide = torch.float64 if spec.dtype == "F64" else torch.float32
-        flat = tensor.detach().reshape(-1)
-        buffer = torch.empty(min(WINDOW, spec.elements), dtype=wide)
-        for first, count in windows(spec.elements, WINDOW):
-            part = flat[first : first + count].to("cpu")
+        buffer, first = torch.empty(min(WINDOW, spec.elements), dtype=wide), 0
+        for window in self._windows(tensor, WINDOW):
+            part, count = window, len(window)
             if changes:
                 part = part.to(wide)
                 if write is Write.DELTA:
                     part = torch.sub(part, _decode(start(first, count), spec.dtype).to(wide), out=buffer[:count])
                 part = part.to(TORCH_DTYPES[dtype])
-            yield _encode(part)
+            first += count
+            yield encode(part)
+
+    def _windows(self, tensor: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
+        """A tensor's elements on the CPU, so many at a time."""
+        flat = tensor.detach().reshape(-1)
+        for first, count in windows(flat.numel(), size):
+            yield flat[first : first + count].to("cpu")
 
     def _own_name(self, name: str) -> str:
         """What `state_dict` calls a tensor that travels under another name."""
@@ -223,7 +232,7 @@ class TorchState:
             if kind in ("tensors", "buffers"):
                 copy_tensor((named if kind == "tensors" else buffers)[name], parts[part])
             elif kind == "gradients":
-                parameters[name].grad = parts[part].to(parameters[name].device)
+                parameters[name].grad = _cut_like(parameters[name], parts[part]).to(parameters[name].device)
         trainable, training = set(parts["trainable"]), set(parts["training"])
         for name, parameter in parameters.items():
             parameter.requires_grad_(name in trainable)
@@ -268,11 +277,18 @@ def copied(model: torch.nn.Module) -> Callable[[], None]:
         What brings all of it back in place, and clears gradients.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
+    # Of what is cut up, this process' share.
+    held: list[Any] = [*trained, *model.buffers()]
+    own: list[torch.Tensor] = [t.detach().to_local() if is_cut(t) else t for t in held]
     # Not where they lie: an accelerator's memory is what is short.
-    copies = [(t, t.detach().to("cpu", copy=True)) for t in (*trained, *model.buffers())]
+    copies = [(t, t.detach().to("cpu", copy=True)) for t in own]
     modes = [(module, module.training) for module in model.modules()]
 
     def bring_back() -> None:
+        # What was gathered for a forward pass would be taken for the weights.
+        for module in model.modules() if any(map(is_cut, trained)) else ():
+            if callable(drop := getattr(module, "reshard", None)):
+                drop()
         for tensor, copy in copies:
             copy_tensor(tensor, copy)
         for module, mode in modes:
@@ -331,25 +347,26 @@ def _stored(tensor: torch.Tensor) -> Iterator[memoryview]:
     if tensor.is_contiguous() or tensor.dim() == 1:
         flat = tensor.reshape(-1) if tensor.is_contiguous() else tensor
         for first, count in windows(flat.numel(), _HASHED):
-            yield _encode(flat[first : first + count].to("cpu"))
+            yield encode(flat[first : first + count].to("cpu"))
     else:
         for row in tensor:
             yield from _stored(row)
 
 
 def _identity(tensor: torch.Tensor) -> object:
-    if tensor.numel() == 0:
+    # What several processes share has no place of its own.
+    if tensor.numel() == 0 or is_cut(tensor):
         return id(tensor)
     return tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
-def _fill(target: torch.Tensor, spec: TensorSpec, fill: Fill) -> None:
+def fill_tensor(target: torch.Tensor, spec: TensorSpec, fill: Fill) -> None:
     """Give a tensor its bytes, without a second copy of it where it lies in memory as it lies in the file."""
     if not target.numel():
         return
     own = target.detach().reshape(-1)
     if target.device.type == "cpu" and target.is_contiguous() and own.stride(0) == 1:
-        fill(_encode(own), 0)
+        fill(encode(own), 0)
         return
     dtype, at = TORCH_DTYPES[spec.dtype], 0
     flat = target.reshape(-1) if target.is_contiguous() else torch.empty(spec.elements, dtype=dtype)
@@ -370,7 +387,8 @@ def _decode(raw: npt.NDArray[Any], dtype: str) -> torch.Tensor:
     return torch.from_numpy(flat).view(TORCH_DTYPES[dtype])
 
 
-def _encode(part: torch.Tensor) -> memoryview:
+def encode(part: torch.Tensor) -> memoryview:
+    """The bytes of a flat tensor on the CPU."""
     # A single element of an expanded tensor has stride 0 and counts as contiguous, but cannot be viewed as bytes.
     if part.stride(0) != 1:
         part = part.clone(memory_format=torch.contiguous_format)
@@ -389,7 +407,7 @@ class TensorLeaf:
     def views(self) -> Iterator[memoryview]:
         """See `nested.Leaf`."""
         for first, count in windows(self.flat.numel(), WINDOW):
-            yield _encode(self.flat[first : first + count].to("cpu"))
+            yield encode(self.flat[first : first + count].to("cpu"))
 
 
 def flatten_torch(value: Any, where: str, leaves: list[Leaf]) -> Any:
@@ -400,6 +418,11 @@ def flatten_torch(value: Any, where: str, leaves: list[Leaf]) -> Any:
     """
     if isinstance(value, torch.Size):
         return {"size": list(value)}
+    if is_cut(value):
+        from fedclient.trainer.sharded import SharedLeaf  # noqa: PLC0415 - there are such tensors, so it is there
+
+        leaves.append(SharedLeaf(value, _NAMES[value.dtype], tuple(value.shape)))
+        return {"tensor": len(leaves) - 1, "accelerator": value.device.type != "cpu"}
     tensor = value.detach().resolve_conj().resolve_neg()
     plain = type(value) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided and not tensor.is_meta
     if not plain or tensor.dtype not in _NAMES:
@@ -422,6 +445,9 @@ def rebuild_torch(node: Mapping[str, Any], source: Source) -> Any:
         return torch.Size(node["size"])
     number = node["tensor"]
     dtype, shape = source.leaf(number)
+    mapped = source.mapped(number)
+    if mapped is not None and shape:
+        return _decode(mapped, dtype).reshape(shape)
     # torch's own memory: it is aligned as that of any other tensor.
     tensor = torch.empty(shape, dtype=TORCH_DTYPES[dtype])
     if tensor.numel():
@@ -434,9 +460,13 @@ def rebuild_torch(node: Mapping[str, Any], source: Source) -> Any:
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Give an optimizer its state, each tensor in the dtype it had: torch's own method casts it to the parameter's."""
-    optimizer.load_state_dict(state)
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=True):
+        if is_cut(parameter) and number in state["state"]:
+            values = state["state"][number]
+            state["state"][number] = {key: _cut_like(parameter, value) for key, value in values.items()}
+    optimizer.load_state_dict(state)
     for number, parameter in zip(numbers, parameters, strict=True):
         held = optimizer.state.get(parameter, {})
         for key, value in state["state"].get(number, {}).items():
@@ -453,7 +483,20 @@ def copy_tensor(target: torch.Tensor, value: torch.Tensor) -> None:
     if (value.dtype, value.shape) != (target.dtype, target.shape):
         raise ValueError(f"it was {value.dtype} {list(value.shape)}, it is {target.dtype} {list(target.shape)}")
     with torch.no_grad():
-        target.copy_(value)
+        target.copy_(_cut_like(target, value))
+
+
+def is_cut(value: object) -> bool:
+    """Whether it is a tensor of which each process holds a part: a `DTensor`, which is imported where there are any."""
+    return isinstance(value, torch.Tensor) and hasattr(value, "placements")
+
+
+def _cut_like(target: torch.Tensor, value: Any) -> Any:
+    if not is_cut(target) or is_cut(value) or not isinstance(value, torch.Tensor):
+        return value
+    from fedclient.trainer.sharded import cut_like  # noqa: PLC0415 - as in `flatten_torch`
+
+    return cut_like(target, value)
 
 
 def take_torch_random(device: str) -> dict[str, torch.Tensor]:

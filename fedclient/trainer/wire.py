@@ -238,6 +238,8 @@ class Failure(_Message):
     memory_bytes: int = 0
     text: str = ""
     """The exception's message; may quote the site's data, so it leaves the site only where that is allowed."""
+    exit_code: int = 0
+    """Of one of several processes that ended, negative for a signal; else 0. `text` is then of our making."""
 
     def __post_init__(self) -> None:
         """Rebuild the typed values that JSON has no room for."""

@@ -1,4 +1,4 @@
-"""The trainer process: `python -m fedclient.trainer.worker FD`.
+"""The trainer process: `python -m fedclient.trainer.worker FD`; without FD, one of several, which its launcher started.
 
     load the class ── "ready" ──▶ wait for a job ──▶ build (once) · load · seed · user's code · write ── "done" ──┐
                                         ▲                                                                        │
@@ -15,20 +15,21 @@ import gc
 import importlib
 import importlib.metadata
 import json
+import math
 import os
 import queue
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from fedclient.trainer.api import Bounds, CancelledJob, Context, Site, Workload, derive_seed
 from fedclient.trainer.checkpoint import Checkpoints, CheckpointUnusable
-from fedclient.trainer.files import Loader, ModelDirectory, Shard, write_model, write_update
+from fedclient.trainer.files import Loader, ModelDirectory, Shard, hand_over_update, write_model, write_update
 from fedclient.trainer.found import Finding, Found, fingerprint
 from fedclient.trainer.memory import free_device_memory, is_out_of_memory, keep_whole, peak_device_memory
 from fedclient.trainer.options import BUILT_IN, SCRIPT_SUFFIX
@@ -37,7 +38,8 @@ from fedclient.trainer.pipe import Pipe
 from fedclient.trainer.schema import check_found, left_open, parse_settings, settings_schema
 from fedclient.trainer.script import script_class
 from fedclient.trainer.share import Limits, Share
-from fedclient.trainer.state import State, state_of
+from fedclient.trainer.state import State
+from fedclient.trainer.team import SOCKET, Team, does_share
 from fedclient.trainer.undone import seed_everything
 from fedclient.trainer.wire import (
     PROTOCOL,
@@ -57,6 +59,8 @@ from fedlink.companions import ADAPTER_WEIGHTS, MODEL_WEIGHTS, is_companion
 from fedlink.failpoints import reach
 from fedlink.memory import peak_memory
 
+_NOTHING = Result(0, 0, {}, 0.0)
+"""What a rank has to tell of a job that another one speaks for."""
 _MAX_TEXT = 4000
 _ALIVE_EVERY = 0.5
 
@@ -74,6 +78,23 @@ class _Built:
     state: State
     loader: Loader
     base: OwnBase
+    whole: bool
+
+
+class Channel(Protocol):
+    """What is used of `Pipe`."""
+
+    def shard(self, wait: float) -> str | None:
+        """The name of the next shard of the job under way."""
+        ...
+
+    def cancelled(self) -> bool:
+        """Whether the daemon has cancelled the job under way."""
+        ...
+
+    def send(self, kind: str, table: Mapping[str, Any]) -> None:
+        """Send one message."""
+        ...
 
 
 class Worker:
@@ -82,8 +103,9 @@ class Worker:
     The model is built once for each seed and kept; every job finds it as a fresh process would.
     """
 
-    def __init__(self, start: Start, pipe: Pipe) -> None:
+    def __init__(self, start: Start, pipe: Channel, team: Team | None = None) -> None:
         self._pipe = pipe
+        self._team = team or Team()
         self._start = start
         self._class = find_class(start.trainer, Path(start.directory))
         self._schema = settings_schema(self._class.Settings)
@@ -100,7 +122,11 @@ class Worker:
 
     def description(self) -> Description:
         """What the class offers."""
-        return Description(self._schema, abilities(self._class), _devices(self._start.device))
+        return Description(self._schema, abilities(self._class), _devices(self._device))
+
+    @property
+    def _device(self) -> str:
+        return self._team.place(_resolve(self._start.device))
 
     def run(self, job: Job) -> Result | Failure:
         """Do one job; whatever the user's code raises becomes a Failure."""
@@ -112,6 +138,9 @@ class Worker:
         except BaseException as error:  # noqa: BLE001 - sys.exit() in user code is a failure like any other
             traceback.print_exc()
             failure = failure_of(error, self._context.step)
+            if self._team.lost(error):
+                text = f"rank {self._team.rank} of the trainer's processes lost another one, step {failure.step}"
+                failure = replace(failure, reason=FailReason.CRASHED, text=text)
         else:
             if not self._workload.reuses_model:
                 self._drop_model()
@@ -135,25 +164,13 @@ class Worker:
     def _run(self, job: Job, *, resume: bool = True, measured: frozenset[str] = frozenset()) -> Result:
         self._context = Context(settings=None)
         self._close_checkpoints()
-        if job.kind is JobKind.INIT:
-            return self._init(job)
-        if job.kind is JobKind.DESCRIBE:
-            return Result(0, 0, {}, 0.0, memory_bytes=peak_memory(), data=dict(self._workload.describe_data()))
-        if job.model_dir is None:
-            raise WorkloadError(f"a job to {job.kind.value} needs the model's directory")
-        directory = ModelDirectory.read(job.model_dir)
-        self._context = ctx = self._new_context(job, measured)
-        self._workload.begin_job(ctx)
-        built = self._built(job.seed)
-        state = built.state
-        # Only now: a class may import torch no sooner than it builds its model.
-        ctx.device = _resolve(self._start.device)
-        built.base.check(directory.base, ctx.alive)
-        frozen = {s.name for s in directory.specs.values() if s.role.value == "frozen"}
-        state.begin(training=job.kind is JobKind.TRAIN, device=ctx.device, frozen=frozen)
-        built.base.settle()
-        built.loader.load(directory, job.model_key, ctx.alive, self._arriving(directory) if job.awaited else None)
-        if job.kind is not JobKind.EVALUATE and left_open(self._schema, job.settings):
+        if job.kind in (JobKind.INIT, JobKind.DESCRIBE):
+            return self._alone(job)
+        searches = job.kind is not JobKind.EVALUATE and bool(left_open(self._schema, job.settings))
+        shared = searches or self._is_shared(job)
+        directory, built = self._loaded(job, self._team if shared else Team(), measured)
+        ctx = self._context
+        if searches:
             # As it was while a batch was looked for, also where that was another process.
             keep_whole()
             found = self._found(job, built)
@@ -164,29 +181,21 @@ class Worker:
             return self._run(resolved, resume=resume, measured=frozenset(found))
         checkpoints = self._workload.reuses_model and job.checkpoint_every and _ability(job) == "train"
         if job.checkpoint_dir and checkpoints:
-            self._checkpoints = self._new_checkpoints(job, job.checkpoint_dir, state)
-            if resume:
-                self._checkpoints.look()
-            ctx.use_checkpoints(self._checkpoints)
+            self._use_checkpoints(job, job.checkpoint_dir, built.state, resume=resume)
+        if not shared and self._team.whole:
+            if self._team.rank:
+                return _NOTHING
+            self._team.go_alone()
         seed_everything(ctx.seed)
         began = time.monotonic()
         if _ability(job) == "train":
             ctx.begin(Share(Limits.of(job.asked), Limits.of(job.share)))
         gradient = self._compute(job, built)
         seconds = time.monotonic() - began + ctx.earlier_seconds
-        examples, files = ctx.counted(), tuple[Path, ...]()
-        if job.kind is JobKind.TRAIN:
-            files = write_update(
-                state,
-                directory,
-                _out_dir(job),
-                write=job.write,
-                update_dtype=job.update_dtype,
-                gradient=gradient,
-                alive=ctx.alive,
-                wrote=self._wrote,
-            )
-            reach("trainer.update")
+        examples = ctx.counted()
+        files = self._handed_over(job, built.state, directory, gradient) if job.kind is JobKind.TRAIN else ()
+        if self._team.rank:
+            return _NOTHING
         return Result(
             examples,
             ctx.step,
@@ -199,30 +208,90 @@ class Worker:
             cut=ctx.cut,
         )
 
+    def _loaded(self, job: Job, team: Team, measured: frozenset[str]) -> tuple[ModelDirectory, _Built]:
+        """The model with the version's weights."""
+        if job.model_dir is None:
+            raise WorkloadError(f"a job to {job.kind.value} needs the model's directory")
+        directory = ModelDirectory.read(job.model_dir)
+        self._context = ctx = self._new_context(job, team, measured)
+        self._workload.begin_job(ctx)
+        built = self._built(job.seed, self._team)
+        # Only now: a class may import torch no sooner than it builds its model.
+        ctx.device = self._device
+        built.base.check(directory.base, ctx.alive)
+        frozen = {s.name for s in directory.specs.values() if s.role.value == "frozen"}
+        built.state.begin(training=job.kind is JobKind.TRAIN, device=ctx.device, frozen=frozen)
+        built.base.settle()
+        built.loader.load(directory, job.model_key, ctx.alive, self._arriving(directory) if job.awaited else None)
+        return directory, built
+
+    def _handed_over(self, job: Job, state: State, directory: ModelDirectory, gradient: Any) -> tuple[Path, ...]:
+        """The update in files, which the first rank writes."""
+        alive = self._context.alive
+        if self._team.rank:
+            if not self._team.whole:
+                hand_over_update(state, directory, write=job.write, gradient=gradient, alive=alive)
+            return ()
+        if self._team.whole:
+            self._team.go_alone()
+        files = write_update(
+            state,
+            directory,
+            _out_dir(job),
+            write=job.write,
+            update_dtype=job.update_dtype,
+            gradient=gradient,
+            alive=alive,
+            wrote=self._wrote,
+        )
+        reach("trainer.update")
+        return files
+
     def _found(self, job: Job, built: _Built) -> dict[str, float]:
         """The settings that are "auto": as they were found before, or measured now."""
         names = left_open(self._schema, job.settings)
         may = left_open(self._schema, None)
         fixed = {name: value for name, value in job.settings.items() if name not in may}
+        team = self._team
+        kind: list[Any] = [self._start.to_json() | {"kept": ""}, fixed, job.limits, _versions()]
+        if team.world_size > 1:
+            kind.append([team.world_size, team.whole])
         finding = Finding(
             run=f"{job.run}/{job.client}",
             names=tuple(names),
             given=json.dumps({name: job.settings.get(name) for name in may}),
-            kind=json.dumps([self._start.to_json() | {"kept": ""}, fixed, job.limits, _versions()], sort_keys=True),
+            kind=json.dumps(kind, sort_keys=True),
             model=fingerprint(built.state, self._context.alive),
         )
         kept = Found(Path(self._start.kept))
-        found = kept.look(finding, by_run=job.kind is not JobKind.CALIBRATE)
+        by_run = job.kind is not JobKind.CALIBRATE
+        found: dict[str, float] | None = team.told(None if team.rank else kept.look(finding, by_run=by_run))
         if found is None:
             self._context.note(f"measures {', '.join(names)}")
             seed_everything(self._context.seed)
             given = self._workload.calibrate(built.model, self._context)
-            found = check_found(self._schema, names, given, self._context.limits)
-            if not job.max_steps:
+            found = team.told(check_found(self._schema, names, given, self._context.limits))
+            if not job.max_steps and not team.rank:
                 kept.put(finding, found)
         self._context.note("found " + ", ".join(f"{name} {value:g}" for name, value in found.items()))
         self._drop_model()
         return found
+
+    def _alone(self, job: Job) -> Result:
+        """What no model is trained for: the first rank does it, and speaks for all."""
+        if self._team.rank:
+            return _NOTHING
+        if job.kind is JobKind.INIT:
+            return self._init(job)
+        return Result(0, 0, {}, 0.0, memory_bytes=peak_memory(), data=dict(self._workload.describe_data()))
+
+    def _use_checkpoints(self, job: Job, directory: Path, state: State, *, resume: bool) -> None:
+        self._checkpoints = self._new_checkpoints(job, directory, state)
+        if resume:
+            self._checkpoints.look()
+            if not self._team.all_true(self._checkpoints.saved is not None):
+                self._checkpoints.close()
+        self._context.use_checkpoints(self._checkpoints)
 
     def _compute(self, job: Job, built: _Built) -> Any:
         ctx, model = self._context, built.model
@@ -235,16 +304,24 @@ class Worker:
             return None
         built.loader.forget()
         if ability == "gradient":
-            return self._workload.gradient(model, ctx)
+            with ctx.team.training(model, ctx):
+                return self._workload.gradient(model, ctx)
         try:
-            self._workload.train(model, ctx)
+            with ctx.team.training(model, ctx):
+                self._workload.train(model, ctx)
+                ctx.agree()
         except Exception as error:
-            if ctx.unproven and not is_out_of_memory(error):
+            if ctx.unproven and not is_out_of_memory(error) and not self._team.lost(error):
                 raise CheckpointUnusable(f"going on from it ended in {type(error).__name__}") from error
             raise
         if ctx.resuming:
             raise CheckpointUnusable("the training ended before it came to it")
         return None
+
+    def _is_shared(self, job: Job) -> bool:
+        """Whether the ranks share the work of a job; else the first one does it alone."""
+        ability = _ability(job)
+        return ability == "train" or does_share(getattr(self._class, ability))
 
     def _new_checkpoints(self, job: Job, directory: Path, state: State) -> Checkpoints:
         """Checkpoints that are good for nothing but this very job, on this data, by this code's versions."""
@@ -260,11 +337,12 @@ class Worker:
         return Checkpoints(
             directory,
             owner=json.dumps(owner, sort_keys=True),
-            every=job.checkpoint_every,
+            every=math.inf if self._team.rank and self._team.whole else job.checkpoint_every,
             state=state,
             device=self._context.device,
             alive=self._context.alive,
             say=self._say,
+            team=self._team,
         )
 
     def _say(self, text: str) -> None:
@@ -280,7 +358,7 @@ class Worker:
         self._context = Context(settings=None, report=self._report, cancelled=self._pipe.cancelled)
         self._drop_model()
         self._workload.begin_job(self._context)
-        built = self._built(job.seed)
+        built = self._built(job.seed, Team())
         base = built.base.tensors(self._context.alive)
         if job.model_dir is not None:
             built.loader.load(ModelDirectory.read(job.model_dir), "", self._context.alive)
@@ -294,23 +372,25 @@ class Worker:
             files[-1].write_bytes(data)
         return Result(0, 0, {}, 0.0, tuple(files))
 
-    def _built(self, seed: int) -> _Built:
-        if self._model is None or self._model.seed != seed or self._model.base.touched:
+    def _built(self, seed: int, team: Team) -> _Built:
+        held = self._model
+        if held is None or (held.seed, held.whole) != (seed, team.whole) or held.base.touched:
             self._drop_model()
             seed_everything(seed)
             workload = self._workload
-            model = workload.build_model()
-            names = workload.tensor_names(model)
-            state = state_of(model, names, frozen_base=workload.frozen_base)
-            self._model = _Built(seed, model, state, Loader(state), OwnBase(state))
-        return self._model
+            with team.building(frozen_base=workload.frozen_base):
+                model = workload.build_model()
+            names, frozen_base = workload.tensor_names(model), workload.frozen_base
+            state, base = team.laid_out(model, names, frozen_base=frozen_base, device=self._device)
+            self._model = held = _Built(seed, model, state, Loader(state), base, team.whole)
+        return held
 
     def _drop_model(self) -> None:
         self._model = None
         gc.collect()
         free_device_memory()
 
-    def _new_context(self, job: Job, measured: frozenset[str]) -> Context:
+    def _new_context(self, job: Job, team: Team, measured: frozenset[str]) -> Context:
         return Context(
             settings=parse_settings(self._class.Settings, job.settings),
             seed=derive_seed(job.seed, job.client, job.round, job.kind),
@@ -324,6 +404,7 @@ class Worker:
             limits={name: Bounds(*bounds) for name, bounds in job.limits.items()},
             report=self._report,
             cancelled=self._pipe.cancelled,
+            team=team,
         )
 
     def _arriving(self, directory: ModelDirectory) -> Iterator[Shard]:
@@ -432,14 +513,22 @@ def _devices(wanted: str) -> tuple[Device, ...]:
     return (first, *(d for d in found if d.name != own))
 
 
+def _meet() -> tuple[Team, Any]:
+    if SOCKET not in os.environ:
+        return Team(), Pipe(int(sys.argv[1]))
+    from fedclient.trainer.ranks import join  # noqa: PLC0415 - imports torch
+
+    return join()
+
+
 def main() -> int:
     """Serve jobs until the daemon goes; the exit code is 1 if the class could not be loaded."""
     failpoints.arm(os.environ)
-    pipe = Pipe(int(sys.argv[1]))
+    team, pipe = _meet()
     message = pipe.receive()
     try:
         check_protocol(message["protocol"])
-        worker = Worker(Start.from_json(message), pipe)
+        worker = Worker(Start.from_json(message), pipe, team)
         pipe.send("ready", worker.description().to_json())
     except BaseException as error:  # noqa: BLE001 - reported whatever it is
         traceback.print_exc()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+from fedlink.run_file import RunSpec
 from fedserver.rounds.model import TaskState
 
 PERPLEXITY = "perplexity"
@@ -49,3 +50,11 @@ def _mean(name: str, having: Sequence[tuple[int, float]], total: int) -> float:
 def is_better(value: float, best: float | None, goal: str) -> bool:
     """Whether a value beats the best so far; the first one does."""
     return best is None or (value > best if goal == "max" else value < best)
+
+
+def reached(spec: RunSpec, means: Mapping[str, float]) -> bool:
+    """Whether a version with these means over the sites is as good as `[stop]` asks for."""
+    value = means.get(spec.evaluation.metric)
+    if value is None or spec.stop is None:
+        return False
+    return value >= spec.stop.target if spec.evaluation.goal == "max" else value <= spec.stop.target

@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,6 +23,7 @@ from fedlink.errors import FedlinkError, Reason
 from fedlink.failpoints import reach
 from fedlink.memory import peak_memory
 from fedlink.run_file import RunSpec
+from fedserver.rounds.evaluation import reached
 from fedserver.rounds.explain import RunView, Wait, absentees, account
 from fedserver.rounds.machine import step
 from fedserver.rounds.model import (
@@ -50,8 +50,10 @@ from fedserver.runtime.board import OpenTask
 from fedserver.runtime.calibrating import Calibrating
 from fedserver.runtime.early import EarlyFold
 from fedserver.runtime.evaluations import Evaluations
+from fedserver.runtime.lost_updates import LostUpdates
 from fedserver.runtime.parts import Parts
 from fedserver.runtime.tidying import Tidying
+from fedserver.runtime.transactions import Work, transaction, verdict_on
 from fedserver.runtime.versions import StoredVersion
 from fedserver.runtime.whole import serial, whole
 from fedserver.store.disk import is_disk
@@ -59,10 +61,7 @@ from fedserver.store.queries import runs as q
 from fedserver.store.queries import tasks as task_queries
 from fedserver.store.rows import RunRow, TaskRow
 
-_Work = Callable[[Connection], Any]
 _NAMES = {IssueTasks: "issued", Reissue: "reissued", Aggregate: "closed", Fail: "failed"}
-_ASK_AGAIN = 3
-"""Times a site is asked again for one update whose bytes have changed here."""
 
 
 @contextlib.contextmanager
@@ -97,12 +96,12 @@ class RunDriver:
         self._ended = ended
         self.lock = asyncio.Lock()
         self._aggregation = Aggregation(row.name, self._make_version, self._settle)
-        self._early = EarlyFold(row, parts, whole(self._asked_again))
+        self._lost = LostUpdates(row, parts, counts=self._counts, ask_again=self._ask_again)
+        self._early = EarlyFold(row, parts, whole(self._lost.asked_again))
         self.tidying = Tidying(row, parts)
         self._evaluations = Evaluations(row, parts.board)
         self._calibrating = Calibrating(row, parts.board, parts.sites)
         self._failures = 0
-        self._asked: Counter[int] = Counter()
         self._log = logs.get("rounds").bind(run=row.name)
 
     async def start(self, *, extended: bool = False) -> None:
@@ -271,7 +270,7 @@ class RunDriver:
 
     # --- The round; from here on `lock` is held
 
-    async def _apply(self, event: Event, *also: _Work) -> None:
+    async def _apply(self, event: Event, *also: Work) -> None:
         """Feed the machine; write what changed, and `also`, in one transaction; then act."""
         before = self.round
         after, actions = step(before, event) if before is not None else (None, [])
@@ -291,35 +290,11 @@ class RunDriver:
         for action in actions:
             await self._follow_up(action)
 
-    def _record(self, action: Action, after: Round, issued: list[TaskRow]) -> _Work:
-        """The transaction for an action. It runs on another thread, so what it needs is read here."""
-        run = self.row
-        train = [t.row.id for t in self._board.of_run(run.id) if t.row.kind == "train"]
-        match action:
-            case IssueTasks(clients=clients):
-                evaluators = self._evaluators() if run.version == 0 else []
-
-                def issue(c: Connection) -> None:
-                    issued.extend(records.issue_train(c, run, after, clients, 1))
-                    issued.extend(records.issue_evaluation(c, run, 0, evaluators, []))
-
-                return issue
-            case Reissue(client=client, attempt=attempt):
-                return lambda c: issued.extend(records.issue_train(c, run, after, [client], attempt))
-            case Aggregate(clients=clients):
-                data: dict[str, Any] = {"clients": list(clients)}
-                return lambda c: records.close_tasks(c, run.id, after, train, kind="round_closed", data=data)
-            case Fail(reason=reason):
-                data = {"reason": reason}
-                verdict = self._verdict(action, after)
-                others = [t.row.id for t in self._board.of_run(run.id) if t.row.kind != "train"]
-
-                def fail(c: Connection) -> None:
-                    records.close_tasks(c, run.id, after, train, kind="round_failed", data=data)
-                    if verdict:
-                        records.end_run(c, run.id, after, others, state="failed", reason=verdict)
-
-                return fail
+    def _record(self, action: Action, after: Round, issued: list[TaskRow]) -> Work:
+        tasks = [t.row for t in self._board.of_run(self.row.id)]
+        verdict = verdict_on(action, after, self._failures + 1) if isinstance(action, Fail) else ""
+        evaluators = self._evaluators() if self.row.version == 0 else []
+        return transaction(action, self.row, after, tasks, evaluators=evaluators, verdict=verdict, issued=issued)
 
     def _show(self, row: TaskRow) -> None:
         self._board.add(self.row, [row])
@@ -343,15 +318,6 @@ class RunDriver:
             else:
                 await self._close_calibration(time.time())
                 await self._close_evaluations(time.time())
-
-    def _verdict(self, action: Fail, failed: Round) -> str:
-        """Why a round that fails takes the run along; empty if it is tried again."""
-        if action.final:
-            return f"round {failed.number} could not start: {action.reason}"
-        failures = self._failures + 1
-        if failures >= failed.policy.round_attempts:
-            return f"round {failed.number} failed {failures} times, last because {action.reason}"
-        return ""
 
     async def _after_failure(self, action: Fail) -> None:
         failed = self.round
@@ -444,34 +410,6 @@ class RunDriver:
                 await asyncio.to_thread(sums.drop)
         self.tidying.retire()
 
-    async def _asked_again(self, current: Round, error: FedlinkError) -> bool:
-        """If an update has changed on the disk or is gone: ask its site for it once more, which it keeps for that.
-
-        Returns:
-            False if it is something else, or the site was asked too often already.
-        """
-        client = error.metadata.get("client", "")
-        if error.reason is Reason.BLOB_CORRUPT and not client and "digest" in error.metadata:
-            await self._parts.integrity.note(bytes.fromhex(error.metadata["digest"]), error)
-        if error.reason not in (Reason.BLOB_CORRUPT, Reason.BLOB_MISSING) or not client:
-            return False
-        tasks, _ = await self._db.run(lambda c: records.aggregation_inputs(c, self.row, current))
-        lost = [t for t in tasks if t.client == client]
-        if not self._counts(client, current) or not lost or self._asked[lost[0].id] >= _ASK_AGAIN:
-            return not self._counts(client, current)
-        self._log.error("asks for an update again", round=current.number, client=client, because=error.message)
-        # Without the lock: a large update takes minutes, and the clock of every run would stop meanwhile.
-        await self._parts.versions.reverify(lost[0])
-        async with self.lock:
-            if self._counts(client, current):
-                self._asked[lost[0].id] += 1
-                self._early.drop()
-                rows: list[TaskRow] = []
-                term = time.time() + self._board.lease_term
-                await self._apply(UpdateLost(client, term), lambda c: rows.append(records.reopen_task(c, lost[0])))
-                self._board.add(self.row, rows, fresh=False)
-        return True
-
     def _counts(self, client: str, current: Round) -> bool:
         """Whether a client's update is one of those that this attempt at a round adds up."""
         now = self.round
@@ -479,10 +417,22 @@ class RunDriver:
             return False
         return (now.number, now.attempt) == (current.number, current.attempt) and client in now.accepted
 
+    async def _ask_again(self, lost: TaskRow, current: Round) -> bool:
+        """An update is gone: its site, which keeps it for that, sends it once more."""
+        async with self.lock:
+            if not self._counts(lost.client, current):
+                return False
+            self._early.drop()
+            rows: list[TaskRow] = []
+            term = time.time() + self._board.lease_term
+            await self._apply(UpdateLost(lost.client, term), lambda c: rows.append(records.reopen_task(c, lost)))
+            self._board.add(self.row, rows, fresh=False)
+            return True
+
     async def _settle(self, current: Round, error: Exception) -> None:
         """Decide about a round whose version cannot be made: an update is asked for again, or the round fails."""
         if isinstance(error, FedlinkError):
-            if await self._asked_again(current, error):
+            if await self._lost.asked_again(current, error):
                 return
             reason = str(error)
         else:
@@ -546,11 +496,7 @@ class RunDriver:
 
     async def _target_reached(self) -> bool:
         version = await self._db.run(lambda c: q.version(c, self.row.id, self.row.version))
-        value = version.means.get(self._spec.evaluation.metric) if version else None
-        if value is None or self._spec.stop is None:
-            return False
-        target = self._spec.stop.target
-        return value >= target if self._spec.evaluation.goal == "max" else value <= target
+        return version is not None and reached(self._spec, version.means)
 
     async def _close_evaluations(self, now: float) -> None:
         for version in self._evaluations.over(now):
@@ -597,7 +543,7 @@ class RunDriver:
 
         await self._commit(work)
 
-    async def _commit(self, *works: _Work) -> None:
+    async def _commit(self, *works: Work) -> None:
         def work(c: Connection) -> RunRow:
             for each in works:
                 each(c)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,18 +19,23 @@ WEIGHTS = 90.8e6
 """Bytes of MiniLM's parameters."""
 
 
-@pytest.mark.timeout(1800)
-@pytest.mark.xdist_group("heavy")
-def test_a_classifier_trained_by_site_toml_alone_beats_each_site_alone(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "examples.classify.demo", "--seconds", "1", str(tmp_path)]
+def demo(root: Path, *options: str) -> dict[str, Any]:
+    """Run it at its smallest; returns what its last line says."""
+    command = [sys.executable, "-m", "examples.classify.demo", "--seconds", "1", *options, str(root)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     if "pip could not download" in done.stderr:
         pytest.skip(f"the packages cannot be fetched here: {done.stderr.strip()}")
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = done.stdout.rstrip().splitlines()
-    assert lines[-1].startswith("result ")
-    result = json.loads(lines[-1].removeprefix("result "))
+    last = done.stdout.rstrip().splitlines()[-1]
+    assert last.startswith("result ")
+    result: dict[str, Any] = json.loads(last.removeprefix("result "))
+    return result
 
+
+@pytest.mark.timeout(1800)
+@pytest.mark.xdist_group("heavy")
+def test_a_classifier_trained_by_site_toml_alone_beats_each_site_alone(tmp_path: Path) -> None:
+    result = demo(tmp_path)
     assert list(result["accuracy_by_site_alone"]) == NAMES
     mean = sum(result["accuracy_by_site_alone"].values()) / len(NAMES)
     assert result["accuracy_local"] == pytest.approx(mean, abs=1e-3)
@@ -45,3 +52,24 @@ def test_a_classifier_trained_by_site_toml_alone_beats_each_site_alone(tmp_path:
     assert len(json.loads((model / "config.json").read_text())["id2label"]) == 8
     assert Path(result["plot_path"]).read_bytes().startswith(b"\x89PNG")
     assert list(tmp_path.glob("sites/*/*.py")) == [], "no site has code"
+
+
+@pytest.mark.timeout(5400)
+@pytest.mark.xdist_group("heavy")
+@pytest.mark.parametrize("options", [("--processes", "2"), ("--learning-rate", "auto")], ids=["processes", "auto"])
+def test_it_learns_with_several_processes_and_with_a_measured_rate(tmp_path: Path, options: tuple[str, str]) -> None:
+    fetched = ROOT / ".demo" / "classify" / "data"
+    if fetched.is_dir():
+        (tmp_path / "data").symlink_to(fetched)
+    result = demo(tmp_path, *options)
+    assert result["accuracy_by_version"][-1] > result["accuracy_by_version"][0]
+    assert result["accuracy_by_version"][-1] == pytest.approx(result["accuracy_federated"], abs=0.003)
+    asked, alone = (tomllib.loads((tmp_path / f"{name}.toml").read_text())["settings"] for name in ("topics", "alone"))
+    if "auto" in options:
+        assert asked["learning_rate"] == "auto"
+        assert result["measured"] == {"learning_rate": alone["learning_rate"]}
+    else:
+        assert result["accuracy_federated"] > result["accuracy_local"]
+        assert len(list(tmp_path.glob("sites/site-*/fedclient-state/trainers/ranks-*"))) == len(NAMES), (
+            "each site started several"
+        )

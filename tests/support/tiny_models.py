@@ -78,20 +78,14 @@ def save_llama(directory: Path, *, shards: bool = False, **config: Any) -> Path:
     return directory
 
 
-def save_bert(directory: Path, *, head: bool = False) -> Path:
+def save_bert(directory: Path, *, head: bool = False, **config: Any) -> Path:
     """A BERT of 20,000 weights without a head, as MiniLM is; its file holds the old `position_ids`, too."""
     torch.manual_seed(4)
     tokenizer = word_tokenizer()
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        hidden_dropout_prob=0.1,
-    )
-    model = BertForSequenceClassification(config) if head else BertModel(config)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    given = {**sizes, "max_position_embeddings": 64, "hidden_dropout_prob": 0.1, **config}
+    whole = BertConfig(vocab_size=len(tokenizer), **given)
+    model = BertForSequenceClassification(whole) if head else BertModel(whole)
     tensors = {**model.state_dict(), "embeddings.position_ids": torch.arange(64).unsqueeze(0)}
     model.save_pretrained(directory, state_dict=tensors)
     tokenizer.save_pretrained(directory)

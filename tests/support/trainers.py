@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,18 @@ def ignore(_: Progress) -> None:
     """No one wants to know."""
 
 
-async def train(trainer: Trainer, model: Path, out: Path, *, write: Write = Write.DELTA, **job: Any) -> Result:
+async def train(
+    trainer: Trainer,
+    model: Path,
+    out: Path,
+    *,
+    write: Write = Write.DELTA,
+    on_progress: Callable[[Progress], None] = ignore,
+    **job: Any,
+) -> Result:
     out.mkdir(parents=True)
     given = {"kind": JobKind.TRAIN, "client": "site-1", "run": "r", "round": 1, "model_dir": model, "out_dir": out}
-    return await trainer.run(Job(**(given | {"write": write} | job)), ignore)
+    return await trainer.run(Job(**(given | {"write": write} | job)), on_progress)
 
 
 async def evaluate(trainer: Trainer, model: Path, out: Path, **job: Any) -> Result:

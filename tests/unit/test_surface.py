@@ -47,6 +47,7 @@ COMMANDS = {
     "fedclient health": "--config --json",
     "fedclient doctor": "--config --json --skip-training-step",
     "fedclient init-model": "--config --json --output --seed --weights -o WORKLOAD",
+    "fedclient join": "--config --node WORKLOAD",
     "fedclient start": "--config --insecure --log-level",
     "fedclient train-local": "--config --json --model --output --settings -o",
 }

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedclient.trainer.team import Share
 from fedclient.trainer.text.corpus import IGNORED, Corpus
 
 Numbers = npt.NDArray[np.int64]
@@ -119,6 +120,11 @@ class Padding:
         if self.device.startswith(("cuda", "xpu")):
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
+
+
+def counting(loss: torch.Tensor, share: Share) -> torch.Tensor:
+    """The summed loss of a rank's part of a batch: nothing, if its examples are another rank's."""
+    return loss if share.own else loss * 0
 
 
 def second_text(ids: npt.NDArray[Any], separator: int) -> npt.NDArray[Any]:

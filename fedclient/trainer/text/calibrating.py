@@ -13,7 +13,7 @@ from fedclient.trainer.api import AUTO, Context
 from fedclient.trainer.largest_batch import find_batch_size
 from fedclient.trainer.range_test import TRIAL_STEPS, find_learning_rate
 from fedclient.trainer.text import optimizers, schedules
-from fedclient.trainer.text.batches import Numbers, Steps, in_order_of_length
+from fedclient.trainer.text.batches import Numbers, Steps, counting, in_order_of_length
 
 if TYPE_CHECKING:
     from fedclient.trainer.text.finetuning import FineTuning, FineTuningSettings
@@ -83,7 +83,8 @@ class Calibration:
             steps = (step for _ in iter(int, 1) for step in epoch)
             for rate, batches in zip(rates, steps, strict=False):
                 optimizers.set_rate(optimizer, rate)
-                yield self._step(optimizer, [rest[numbers] for numbers in batches], settings)
+                loss, weight = self._step(optimizer, [rest[numbers] for numbers in batches], settings)
+                yield self._summed(loss) / max(1, weight)
 
         def held_out(fold: int) -> float:
             return self._measured(parts[fold][0], size)
@@ -99,13 +100,17 @@ class Calibration:
 
     def _step(
         self, optimizer: torch.optim.Optimizer, batches: Sequence[Numbers], settings: FineTuningSettings
-    ) -> float:
-        """One step as the run does it; returns its loss."""
+    ) -> tuple[float, int]:
+        """One step as the run does it: the summed loss of this process' part, and what the whole of it weighs."""
         losses, weight = 0.0, 0
-        for loss, counted in self._workload.gradients(self._model, batches, self._precision, self._ctx.device):
+        for loss, counted in self._workload.gradients(self._model, batches, self._precision, self._ctx):
             losses, weight = losses + float(loss.detach()), weight + counted
         self._workload.step(optimizer, self._precision, settings.max_grad_norm)
-        return losses / max(1, weight)
+        return losses, weight
+
+    def _summed(self, loss: float) -> float:
+        """Over all processes."""
+        return float(self._ctx.team.summed(torch.tensor(loss, dtype=torch.float64)))
 
     def _measured(self, held: Numbers, size: int) -> float:
         """The mean loss over examples."""
@@ -115,7 +120,8 @@ class Calibration:
         with torch.no_grad(), self._precision.autocast():
             for first in range(0, len(order), size):
                 self._ctx.alive()
-                batch = self._workload.make_batch(corpus, order[first : first + size], padding)
-                total += float(self._workload.summed_loss(self._model, batch))
+                share = self._ctx.team.share(order[first : first + size])
+                batch = self._workload.make_batch(corpus, share.part, padding)
+                total += float(counting(self._workload.summed_loss(self._model, batch), share))
         self._model.train()
-        return total / max(1, int(self._workload.train_weights[held].sum()))
+        return self._summed(total) / max(1, int(self._workload.train_weights[held].sum()))

@@ -15,7 +15,8 @@ from torch.nn.functional import cross_entropy
 
 from fedclient.trainer.api import Bounds, Context
 from fedclient.trainer.options import CausalOptions
-from fedclient.trainer.text.batches import Batch, Numbers, Padding, in_order_of_length
+from fedclient.trainer.team import shares_work
+from fedclient.trainer.text.batches import Batch, Numbers, Padding, counting, in_order_of_length
 from fedclient.trainer.text.corpus import IGNORED, Corpus
 from fedclient.trainer.text.finetuning import FineTuning, FineTuningSettings
 from fedclient.trainer.text.pretrained import options_of
@@ -80,6 +81,7 @@ class CausalLm(FineTuning):
         there = batch.expected != IGNORED
         return cross_entropy(logits[there].float(), batch.expected[there], reduction="sum")
 
+    @shares_work
     def evaluate(self, model: Any, ctx: Context) -> Mapping[str, float]:
         """Mean loss over all tokens to predict, and its exponential; samples, if the run asks for them."""
         settings: CausalSettings = ctx.settings
@@ -88,18 +90,22 @@ class CausalLm(FineTuning):
         precision = self.computing(model, ctx)
         if corpus is not None:
             padding, weights = self.padding(ctx.device), self.weights(corpus)
-            for numbers in ctx.batches(in_order_of_length(corpus, settings.eval_batch_size, settings.eval_limit)):
+            batches = in_order_of_length(corpus, settings.eval_batch_size, settings.eval_limit)
+            for numbers in ctx.batches(batches, split=False):
+                share = ctx.team.share(numbers)
                 with precision.autocast():
-                    total += float(self.summed_loss(model, self.make_batch(corpus, numbers, padding)))
+                    found = self.summed_loss(model, self.make_batch(corpus, share.part, padding))
+                total += float(counting(found, share))
                 count += int(weights[numbers].sum())
-        if prompts := self.options.prompts[: settings.samples]:
+            total = float(ctx.team.summed(torch.tensor(total, dtype=torch.float64)))
+        if (prompts := self.options.prompts[: settings.samples]) and not (ctx.rank and ctx.team.whole):
             with precision.autocast():
                 write_samples(
                     model,
                     self.tokenizer,
                     prompts,
                     tokens=self.options.sample_tokens,
-                    home=self.site.kept,
+                    home=None if ctx.rank else self.site.kept,
                     ctx=ctx,
                 )
         ctx.num_examples = count

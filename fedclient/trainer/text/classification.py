@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from fedclient.trainer.api import Context
 from fedclient.trainer.options import ClassificationOptions
+from fedclient.trainer.team import shares_work
 from fedclient.trainer.text.batches import Batch, Numbers, Padding, in_order_of_length
 from fedclient.trainer.text.corpus import Corpus
 from fedclient.trainer.text.finetuning import FineTuning, FineTuningSettings
@@ -108,6 +109,7 @@ class SequenceClassification(FineTuning):
         """See `FineTuning`: over the examples."""
         return cross_entropy(model(**batch.inputs).logits.float(), batch.expected, reduction="sum")
 
+    @shares_work
     def evaluate(self, model: Any, ctx: Context) -> Mapping[str, float]:
         """Loss, accuracy, macro-F1 and what else the run asks for."""
         settings: ClassificationSettings = ctx.settings
@@ -120,12 +122,14 @@ class SequenceClassification(FineTuning):
             return {}
         precision, padding = self.computing(model, ctx), self.padding(ctx.device)
         found: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for numbers in ctx.batches(in_order_of_length(corpus, settings.eval_batch_size, settings.eval_limit)):
-            batch = self.make_batch(corpus, numbers, padding)
+        batches = in_order_of_length(corpus, settings.eval_batch_size, settings.eval_limit)
+        for numbers in ctx.batches(batches, split=False):
+            share = ctx.team.share(numbers)
+            batch = self.make_batch(corpus, share.part, padding)
             with precision.autocast():
                 logits = model(**batch.inputs).logits
-            found.append((logits.float().cpu(), batch.expected.cpu()))
-        logits, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
+            found.append((logits[: share.own].float().cpu(), batch.expected[: share.own].cpu()))
+        logits, labels = (ctx.team.joined(torch.cat(parts)) for parts in zip(*found, strict=True))
         ctx.num_examples = len(labels)
         predicted = logits.argmax(-1)
         counts = confusion(predicted.numpy(), labels.numpy(), len(self.labels))

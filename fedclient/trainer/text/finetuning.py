@@ -16,8 +16,9 @@ import torch
 from fedclient.trainer.adapters import adapter_file, adapter_names
 from fedclient.trainer.api import Bounds, Context, Site, Workload, measured
 from fedclient.trainer.options import Autocast, DataOptions, Files, LoraOptions, ParameterOptions, PrecisionOptions
+from fedclient.trainer.team import shares_work
 from fedclient.trainer.text import lora, optimizers, quantized, schedules
-from fedclient.trainer.text.batches import Batch, Numbers, Padding, Steps, in_order_of_length
+from fedclient.trainer.text.batches import Batch, Numbers, Padding, Steps, counting, in_order_of_length
 from fedclient.trainer.text.calibrating import Calibration
 from fedclient.trainer.text.compiling import Compiler
 from fedclient.trainer.text.corpus import Corpus
@@ -290,9 +291,11 @@ class FineTuning(Workload):
         self._job = ctx
         corpus, precision = self.train_corpus, self.computing(model, ctx)
         optimizer = optimizers.make_optimizer(model, settings)
-        kept = KeptOptimizer(self.site.kept, ctx) if settings.keep_optimizer else None
+        kept = KeptOptimizer(self.site.kept, ctx) if settings.keep_optimizer and ctx.team.whole else None
         if kept:
             kept.load(optimizer)
+        elif settings.keep_optimizer:
+            ctx.note("the optimizer begins anew: it is not kept where each process has a share of the model")
         meter = Meter(ctx)
         ctx.keep(optimizer=optimizer, scaler=precision.scaler, totals=meter.totals)
         effective = settings.effective_batch(measured="batch_size" in ctx.measured)
@@ -305,11 +308,11 @@ class FineTuning(Workload):
         )
         before = (ctx.round - 1) * in_round
         with self.compiled(model, ctx) as forward:
-            for batches in ctx.batches(epoch, epochs=settings.epochs, steps=settings.steps or None):
+            for batches in ctx.batches(epoch, epochs=settings.epochs, steps=settings.steps or None, split=False):
                 meter.begin_step()
                 ctx.saw(sum(map(len, batches)))
                 optimizers.set_rate(optimizer, schedule.rate(before + ctx.place(in_round)))
-                for loss, weight in self.gradients(forward, batches, precision, ctx.device, meter.waiting):
+                for loss, weight in self.gradients(forward, batches, precision, ctx, meter.waiting):
                     meter.add(loss, weight)
                 self.step(optimizer, precision, settings.max_grad_norm)
                 meter.end_step(optimizer.param_groups[0]["lr"], int(corpus.sizes[numbers_of(batches)].sum()))
@@ -328,7 +331,7 @@ class FineTuning(Workload):
         model: Any,
         batches: Sequence[Numbers],
         precision: Precision,
-        device: str,
+        ctx: Context,
         waiting: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> Iterator[tuple[torch.Tensor, int]]:
         """Add up the gradients of an optimizer step over batches of the training data.
@@ -337,22 +340,25 @@ class FineTuning(Workload):
             model: what is trained.
             batches: those of the step.
             precision: how it computes.
-            device: where batches go.
+            ctx: the job.
             waiting: held while a batch is made.
 
         Yields:
-            Each batch's summed loss, and what it weighs.
+            The summed loss of this process' part of each batch, and what the whole batch weighs.
         """
-        corpus, padding = self.train_corpus, self.padding(device)
+        corpus, padding = self.train_corpus, self.padding(ctx.device)
         counts = [int(self.train_weights[numbers].sum()) for numbers in batches]
         for numbers, count in zip(batches, counts, strict=True):
+            share = ctx.team.share(numbers)
             with waiting():
-                batch = self.make_batch(corpus, numbers, padding)
+                batch = self.make_batch(corpus, share.part, padding)
             with precision.autocast():
-                loss = self.summed_loss(model, batch)
-            torch.autograd.backward(precision.scaler.scale(loss / sum(counts)))
+                loss = counting(self.summed_loss(model, batch), share)
+            # The mean over the ranks is then the sum over all examples.
+            torch.autograd.backward(precision.scaler.scale(loss * ctx.world_size / sum(counts)))
             yield loss, count
 
+    @shares_work
     def gradient(self, model: Any, ctx: Context) -> None:
         """See `Workload`."""
         self._job = ctx
@@ -362,9 +368,10 @@ class FineTuning(Workload):
         total = int(weights.sum())
         meter = Meter(ctx)
         with self.compiled(model, ctx) as forward:
-            for numbers in ctx.batches(in_order_of_length(corpus, int(ctx.settings.batch_size))):
-                loss = self.summed_loss(forward, self.make_batch(corpus, numbers, padding))
-                torch.autograd.backward(loss / total)
+            for numbers in ctx.batches(in_order_of_length(corpus, int(ctx.settings.batch_size)), split=False):
+                share = ctx.team.share(numbers)
+                loss = counting(self.summed_loss(forward, self.make_batch(corpus, share.part, padding)), share)
+                torch.autograd.backward(loss * ctx.world_size / total)
                 meter.add(loss, int(weights[numbers].sum()))
                 ctx.log(loss=meter.loss)
         ctx.num_examples = total

@@ -62,7 +62,7 @@ class KeptOptimizer:
 
     def save(self, optimizer: torch.optim.Optimizer) -> None:
         """Keep the state that the round ended with; a disk that refuses is told of, and does no harm."""
-        if self._directory is None:
+        if self._directory is None or self._ctx.rank:
             return
         path = self._directory / f"{self._run}-{self._ctx.round}.safetensors"
         try:

@@ -39,8 +39,11 @@ class Meter:
         self._began = time.monotonic()
 
     def add(self, loss: torch.Tensor, weight: int) -> None:
-        """Count a summed loss; it is not read here, so that an accelerator need not be waited for."""
-        self.totals["loss"] += loss.detach()
+        """Count the summed loss of this rank's part of a batch, and what the whole batch weighs.
+
+        It is not read here, so that an accelerator need not be waited for.
+        """
+        self.totals["loss"] += self._ctx.team.summed(loss.detach().to(self.totals["loss"].dtype))
         self.totals["weight"] += weight
 
     @contextmanager

@@ -15,6 +15,7 @@ import torch
 
 from fedclient.trainer.options import ParameterOptions
 from fedclient.trainer.torch_state import TORCH_DTYPES
+from fedclient.trainer.without_values import is_active
 from fedlink.tensors import DTYPES, TensorError, read_header
 
 EXTRA = "pip install 'fedlink[text]'"
@@ -66,6 +67,7 @@ class Pretrained:
 
     def __init__(self, directory: Path, *, trust_remote_code: bool = False) -> None:
         self._directory = directory
+        self._trusts = trust_remote_code
         self._trusting = {"trust_remote_code": trust_remote_code, "local_files_only": True}
         if not (directory / "config.json").is_file():
             lacks = "is no directory" if not directory.is_dir() else "has no config.json"
@@ -127,7 +129,8 @@ class Pretrained:
     def model(self, kind: str, config: Any, dtype: torch.dtype | str, *, new_head: bool = False) -> Any:
         """Its weights, in a model of a kind such as "AutoModelForCausalLM".
 
-        The model is laid out without memory, and each tensor is put into it as it is read.
+        The model is laid out without memory, and each tensor is put into it as it is read; or none, where the values
+        come from the run's files.
 
         Args:
             kind: a class of transformers.
@@ -140,6 +143,9 @@ class Pretrained:
         """
         transformers = _transformers()
         transformers.utils.logging.disable_progress_bar()
+        if is_active():
+            held = {} if dtype == "auto" else {"dtype": dtype}
+            return getattr(transformers, kind).from_config(config, trust_remote_code=self._trusts, **held)
         try:
             model, report = getattr(transformers, kind).from_pretrained(
                 str(self._directory),
