@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml deploy/constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(PIP) 'pip>=25.1'
 	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c deploy/constraints.txt "$$(grep '^torch==' deploy/constraints.txt)"
-	@$(PIP) -c deploy/constraints.txt -e '.[server,client,text,hf,trl,lightning,demo]' --group dev
+	@$(PIP) -c deploy/constraints.txt -e '.[server,client,text,quantized,hf,trl,lightning,demo]' --group dev
 	@touch $@
 
 TRAINING = $(if $(PROCESSES),--processes $(PROCESSES)) $(if $(LEARNING_RATE),--learning-rate $(LEARNING_RATE))
@@ -65,7 +65,7 @@ test-slow: $(STAMP) ## Run those that take longer: demo, published numbers, doct
 test-demos: $(STAMP) ## Run the demos of the text workloads at their smallest, and look at the results (half an hour)
 	@$(BIN)/python -m pytest -q -m demos -rs
 
-test-gpu: $(STAMP) ## Run those that need an accelerator; skipped, and said so, where there is none
+test-gpu: $(STAMP) ## Run those that need a GPU: tokens/s and memory as a table and JSON; said so where there is none
 	@$(BIN)/python -m pytest -q -m gpu -rs
 
 SEED ?= 7

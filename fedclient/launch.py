@@ -419,13 +419,13 @@ def link_packages(directory: Path) -> Path:
 
 
 def visible_devices(device: str, environ: Mapping[str, str]) -> dict[str, str]:
-    """Variables by which a script sees no other device than its own, whatever it looks for; it is "cuda:0" there.
+    """Variables by which a script sees no other device than its own, whatever it looks for; it is the first there.
 
     Args:
-        device: one of "cpu", "cuda:0", "mps" or "auto", which is the first.
+        device: one of "cpu", "cuda:0", "xpu:0", "mps" or "auto", which is the first.
         environ: where the variable may be already: the devices are then numbered by it.
     """
-    variable = "CUDA_VISIBLE_DEVICES"
+    variable = "ZE_AFFINITY_MASK" if device.startswith("xpu") else "CUDA_VISIBLE_DEVICES"
     if device in ("cpu", "mps"):
         return {variable: ""}
     number = int(device.partition(":")[2] or 0)
@@ -436,7 +436,8 @@ def visible_devices(device: str, environ: Mapping[str, str]) -> dict[str, str]:
 
 def _in_process(device: str) -> str:
     """What a script that sees no other calls its device."""
-    return "cuda:0" if device.startswith("cuda") else device
+    kind = device.partition(":")[0]
+    return f"{kind}:0" if kind in ("cuda", "xpu") else device
 
 
 def trainer_environment(environ: Mapping[str, str], python: Path, packages: Path) -> dict[str, str]:

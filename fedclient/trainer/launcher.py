@@ -196,7 +196,7 @@ def _processes(options: argparse.Namespace) -> int:
         return 1
     import torch  # noqa: PLC0415 - only where it must be asked
 
-    return max(1, torch.cuda.device_count())
+    return max(1, torch.accelerator.device_count())
 
 
 def _options() -> argparse.Namespace:

@@ -31,7 +31,7 @@ from fedclient.trainer.replicas import Replicas
 from fedclient.trainer.sharded import ShardedState, Shards, shard
 from fedclient.trainer.state import State
 from fedclient.trainer.team import SOCKET, STRATEGY, Share, Team, share_of, to_line
-from fedclient.trainer.torch_state import TorchState
+from fedclient.trainer.torch_state import NUMBERED, TorchState, best_device
 from fedclient.trainer.wire import Failure
 from fedclient.trainer.without_values import WithoutValues
 
@@ -185,14 +185,13 @@ class Ranks(Team):
 
     def place(self, device: str) -> str:
         """See `Team`: a GPU of its own for each rank of a machine."""
-        if not device.startswith("cuda"):
+        kind = device.partition(":")[0]
+        if kind not in NUMBERED:
             return device
-        if self._local_rank >= torch.cuda.device_count():
-            raise RuntimeError(
-                f"[distributed] of site.toml wants a GPU for each process, and there are {torch.cuda.device_count()}"
-            )
-        torch.cuda.set_device(self._local_rank)
-        return f"cuda:{self._local_rank}"
+        if self._local_rank >= (count := torch.accelerator.device_count()):
+            raise RuntimeError(f"[distributed] of site.toml wants a GPU for each process, and there are {count}")
+        torch.accelerator.set_device_index(self._local_rank)
+        return f"{kind}:{self._local_rank}"
 
     def lost(self, error: BaseException) -> bool:
         """See `Team`."""
@@ -274,7 +273,8 @@ def join() -> tuple[Ranks, TeamPipe]:
     launcher.sendall(to_line({"type": "rank", "rank": rank}))
     _, fds, _, _ = socket.recv_fds(launcher, 1, 1)
     threading.Thread(target=_end_with, args=(launcher,), name="fedclient-launcher", daemon=True).start()
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    kind = best_device().partition(":")[0]
+    backend = f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}" if kind in NUMBERED else "gloo"
     if int(os.environ["LOCAL_WORLD_SIZE"]) == world_size:
         where = f"file://{home / 'store'}"
         dist.init_process_group(backend, init_method=where, rank=rank, world_size=world_size, timeout=_FOREVER)

@@ -39,7 +39,7 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
 """Every dtype of safetensors that torch computes with."""
 _ORIGINALS = "fedlink_originals"
 """Attribute of a module with parameters of a frozen base that are held in another form: what they were, by name."""
-_NUMBERED = ("cuda", "xpu")
+NUMBERED = ("cuda", "xpu")
 """Kinds of accelerators of which there may be several."""
 _HASHED = 1 << 20
 """Elements that are hashed at a time."""
@@ -309,7 +309,7 @@ def best_device() -> str:
 def accelerators() -> list[tuple[str, str, int]]:
     """Name, product and bytes of memory of each accelerator that torch knows by number."""
     kind = best_device().partition(":")[0]
-    if kind not in _NUMBERED:
+    if kind not in NUMBERED:
         return []
     found = []
     for i in range(torch.accelerator.device_count()):
@@ -522,7 +522,7 @@ def _device_module(device: str) -> Any:
 
 def _number(device: str) -> tuple[str, ...]:
     """A device as its module's functions take it, where there may be several."""
-    return (device,) if device.partition(":")[0] in _NUMBERED else ()
+    return (device,) if device.partition(":")[0] in NUMBERED else ()
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:

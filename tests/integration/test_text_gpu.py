@@ -1,28 +1,30 @@
-"""The built-in workloads on an accelerator; not run, and reported as such, where there is none."""
+"""The built-in workloads on a GPU; not run, and reported as such, where there is none."""
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from fedclient.launch import FailReason, Job, JobKind, Progress, Result, Trainer, TrainerFailed
 from fedclient.settings import SiteSettings, load_site
+from fedclient.trainer.torch_state import best_device
 from fedlink import failpoints
+from tests.support import gpu
 from tests.support.interrupted import ALWAYS
 from tests.support.tiny_models import save_llama, write_jsonl
 from tests.support.trainers import ignore, init, raw_tensors
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(600),
 ]
 SITE = """
 name = "site-1"
-devices = ["cuda:0"]
+devices = ["auto"]
 [workload.w]
 trainer = "causal_lm"
 model = "llama"
@@ -37,11 +39,42 @@ LORA = """
 [workload.w.lora]
 rank = 8
 """
-CHECKPOINTING = """
+HALF = """
 [workload.w.precision]
-gradient_checkpointing = true
+autocast = "bf16"
 weights = "bfloat16"
 """
+CHECKPOINTING = HALF + "gradient_checkpointing = true\n"
+QUANTIZED = """
+[workload.w.precision]
+autocast = "bf16"
+gradient_checkpointing = true
+quantize = "{}"
+"""
+COMPILED = """
+[workload.w.precision]
+compile = true
+"""
+ONE_GPU_FSDP = """
+[workload.w.distributed]
+strategy = "fsdp"
+"""
+CASES = {
+    "float32": '[workload.w.precision]\nautocast = "float32"\n',
+    "full": "",
+    "bf16": HALF,
+    "lora": LORA,
+    "dora": LORA + "dora = true\n",
+    "checkpointing": CHECKPOINTING + LORA,
+    "int8": QUANTIZED.format("int8") + LORA,
+    "nf4": QUANTIZED.format("nf4") + LORA,
+    "nf4-dora": QUANTIZED.format("nf4") + LORA + "dora = true\n",
+    "compile": COMPILED,
+    "compile-nf4": QUANTIZED.format("nf4") + "compile = true\n" + LORA,
+    "one-gpu-fsdp": ONE_GPU_FSDP,
+}
+WIDE = {"float32", "full", "lora", "dora", "compile", "one-gpu-fsdp"}
+"""Those whose loss is that in float32 nearly; the others round."""
 SETTINGS = {"learning_rate": 0.005, "batch_size": 8, "steps": 40, "schedule": "constant"}
 BIG = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
 
@@ -54,8 +87,8 @@ def site(directory: Path, tables: str) -> SiteSettings:
     return load_site(directory / "site.toml")
 
 
-def cuda(site: SiteSettings) -> Trainer:
-    return Trainer(site, "w", "cuda:0", site.state_dir)
+def on_gpu(site: SiteSettings) -> Trainer:
+    return Trainer(site, "w", best_device(), site.state_dir)
 
 
 def training(directory: Path, name: str, **given: Any) -> Job:
@@ -69,20 +102,32 @@ async def measured(trainer: Trainer, directory: Path) -> Result:
     return await trainer.run(Job(JobKind.EVALUATE, client="site-1", model_dir=directory / "model"), ignore)
 
 
-@pytest.mark.parametrize("tables", ["", LORA, CHECKPOINTING + LORA], ids=["full", "lora", "checkpointing"])
-async def test_it_learns_and_tells_what_it_takes_of_the_device(tmp_path: Path, tables: str):
-    trainer = cuda(site(tmp_path, tables))
+@pytest.mark.parametrize("case", CASES)
+async def test_it_learns_and_tells_what_it_takes_of_the_device(
+    tmp_path: Path, case: str, record_property: Callable[[str, object], None]
+):
+    if "quantize" in CASES[case] and importlib.util.find_spec("bitsandbytes") is None:
+        pytest.skip("pip install 'fedlink[quantized]'")
+    trainer = on_gpu(site(tmp_path, CASES[case]))
     try:
         await init(trainer, tmp_path / "model", seed=3)
         before = await measured(trainer, tmp_path)
-        result = await trainer.run(training(tmp_path, "out"), ignore)
+        first = await trainer.run(training(tmp_path, "out"), ignore)
+        # What begins slowly is over by then: kernels are loaded, and compiled.
+        second = await trainer.run(training(tmp_path, "again"), ignore)
     finally:
         await trainer.close()
-    assert result.steps == 40
-    assert result.metrics["loss"] < 0.7 * before.metrics["loss"]
-    assert result.metrics["peak_device_memory"] > 1e6
-    assert result.metrics["tokens_per_second"] > 0
-    assert result.device_memory_bytes > 1_000_000
+    gpu.record(record_property, best_device(), dict(first.metrics) | dict(second.metrics))
+    for result in (first, second):
+        assert result.steps == 40
+        assert result.metrics["loss"] < 0.7 * before.metrics["loss"]
+        assert result.metrics["peak_device_memory"] > 1e6
+        assert result.metrics["tokens_per_second"] > 0
+        assert result.device_memory_bytes > 1_000_000
+    # The order of sums in parallel kernels alone differs.
+    assert second.metrics["loss"] == pytest.approx(first.metrics["loss"], rel=1e-3 if case in WIDE else 1e-2)
+    assert ("compile_seconds" in first.metrics) is ("compile" in case)
+    assert "compile_seconds" not in second.metrics
 
 
 async def test_killed_at_a_step_it_goes_on_from_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -92,14 +137,14 @@ async def test_killed_at_a_step_it_goes_on_from_the_checkpoint(tmp_path: Path, m
     def checked(name: str) -> Job:
         return training(tmp_path, name, checkpoint_dir=tmp_path / "checkpoints", checkpoint_every=ALWAYS)
 
-    trainer = cuda(here)
+    trainer = on_gpu(here)
     await init(trainer, tmp_path / "model", seed=3)
     whole = await trainer.run(training(tmp_path, "whole"), ignore)
     await trainer.close()
     with monkeypatch.context() as patch:
         patch.setenv(failpoints.VARIABLE, "trainer.step@17")
         patch.setenv(failpoints.LOG_VARIABLE, str(tmp_path / "failpoints"))
-        trainer = cuda(here)
+        trainer = on_gpu(here)
         with pytest.raises(TrainerFailed) as caught:
             await trainer.run(checked("killed"), ignore)
         await trainer.close()
@@ -109,7 +154,7 @@ async def test_killed_at_a_step_it_goes_on_from_the_checkpoint(tmp_path: Path, m
     def heard(progress: Progress) -> None:
         notes.extend([progress.note] if progress.note else [])
 
-    trainer = cuda(here)
+    trainer = on_gpu(here)
     resumed = await trainer.run(checked("resumed"), heard)
     await trainer.close()
     assert notes == ["resumed from a local checkpoint"]

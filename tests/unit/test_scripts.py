@@ -149,6 +149,7 @@ def test_arguments_are_for_scripts() -> None:
 def test_a_script_sees_its_own_device_alone(device: str, given: str | None, seen: str) -> None:
     environ = {} if given is None else {"CUDA_VISIBLE_DEVICES": given}
     assert visible_devices(device, environ) == {"CUDA_VISIBLE_DEVICES": seen}
+    assert visible_devices("xpu:1", environ) == {"ZE_AFFINITY_MASK": "1"}
 
 
 def performing(path: Path) -> tuple[Workload, Callable[[], None]]:
