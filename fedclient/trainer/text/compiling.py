@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch._dynamo.callback import callback_handler
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from fedclient.trainer.api import Context
 
@@ -56,8 +57,9 @@ class Compiler:
     """
 
     def __init__(self, kept: Path | None) -> None:
-        if kept is not None:
-            os.environ.setdefault(CACHE, str(kept / "compiled"))
+        # torch itself sets the variable when it is first asked.
+        if kept is not None and os.environ.get(CACHE) in (None, default_cache_dir()):
+            os.environ[CACHE] = str(kept / "compiled")
         self._run: Callable[..., Any] = torch.compile(_call, dynamic=True)
         self._seconds = 0.0
         self._began = 0.0
