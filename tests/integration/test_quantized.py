@@ -29,7 +29,7 @@ from tests.support.exported import taken_in, written
 from tests.support.interrupted import ALWAYS
 from tests.support.text_sites import built, job, measured, workload
 from tests.support.tiny_models import byte_tokenizer, reviews, save_bert, save_llama, write_jsonl
-from tests.support.trainers import init, make_trainer, raw_tensors
+from tests.support.trainers import arrays, init, make_trainer, raw_tensors, train
 
 pytest.importorskip("bitsandbytes", reason="pip install 'fedlink[quantized]'")
 # peft 0.21 asks transformers 5 under an old name.
@@ -220,6 +220,11 @@ def test_rate_and_batch_size_are_measured_on_a_quantized_base(home: Path):
 def test_what_cannot_be_quantized_is_said(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match=r"quantize is for \[lora\]"):
         WorkloadSettings(trainer="causal_lm", model="llama", data=TEXTS, precision={"quantize": "nf4"})
+    table = {"trainer": "causal_lm", "model": "llama", "data": TEXTS, "lora": {}}
+    with pytest.raises(ValueError, match='say strategy = "ddp"'):
+        WorkloadSettings(**table, precision={"quantize": "nf4"}, distributed={"strategy": "fsdp"})
+    with pytest.raises(ValueError, match="compile is for one process"):
+        WorkloadSettings(**table, precision={"compile": True}, distributed={"processes": 2})
     GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=8, n_layer=1, n_head=1)).save_pretrained(tmp_path / "gpt2")
     byte_tokenizer().save_pretrained(tmp_path / "gpt2")
     (tmp_path / "train.jsonl").write_text((home / "train.jsonl").read_text())
@@ -289,6 +294,26 @@ async def test_killed_at_a_step_it_goes_on_to_the_same_bits(tmp_path: Path, monk
     await trainer.close()
     assert notes == ["resumed from a local checkpoint"]
     assert raw_tensors(*resumed.files) == raw_tensors(*whole.files)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+async def test_two_processes_on_quantized_bases_give_the_update_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    save_llama(tmp_path / "llama")
+    write_jsonl(tmp_path / "train.jsonl", [{"text": "To be, or not to be. " * (1 + i % 3)} for i in range(12)])
+    settings, found = {"steps": 3, "batch_size": 4, "optimizer": "sgd", "learning_rate": 0.1}, []
+    for name, more in {"one": "", "two": "[workload.w.distributed]\nprocesses = 2\n"}.items():
+        (tmp_path / "site.toml").write_text(SITE + '[workload.w.precision]\nquantize = "nf4"\n' + more)
+        trainer = make_trainer(load_site(tmp_path / "site.toml"))
+        if not found:
+            await init(trainer, tmp_path / "model", seed=3)
+        result = await train(trainer, tmp_path / "model", tmp_path / name, settings=settings)
+        await trainer.close()
+        found.append(arrays(*result.files))
+    assert max(abs(array).max() for array in found[0].values()) > 0.01
+    for name, array in found[0].items():
+        assert abs(array - found[1][name]).max() < 1e-6, name
 
 
 LOADING = """
