@@ -62,7 +62,7 @@ test: $(STAMP) ## Run the tests (about 10 minutes on 2 cores)
 test-slow: $(STAMP) ## Run those that take longer: demo, published numbers, doctor, slow lines, disks, certificates
 	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup -m slow
 
-test-demos: $(STAMP) ## Run the demos of the text workloads at their smallest, and look at the results (half an hour)
+test-demos: $(STAMP) ## Run the demos of the text workloads at their smallest, and look at the results (an hour and a half)
 	@$(BIN)/python -m pytest -q -m demos -rs
 
 test-gpu: $(STAMP) ## Run those that need a GPU: tokens/s and memory as a table and JSON; said so where there is none

@@ -116,7 +116,7 @@ def texts(tmp_path_factory) -> Path:
 
 
 @pytest.mark.demos
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_reuters(texts):
     from fedclient.trainer.text.classification import SequenceClassification
 
