@@ -45,12 +45,16 @@ def record(record_property: Callable[[str, object], None], device: str, metrics:
 def report(reporter: pytest.TerminalReporter) -> None:
     """What was measured, and how many tests were not run."""
     passed: list[pytest.TestReport] = reporter.stats.get("passed", [])
-    rows = [{"test": r.nodeid.rpartition("::")[2], **dict(r.user_properties)[MEASURED]} for r in passed if _has(r)]
+    rows = [
+        {"test": r.nodeid.rpartition("[")[2].rstrip("]"), **dict(r.user_properties)[MEASURED]}
+        for r in passed
+        if _has(r)
+    ]
     if rows:
         reporter.section("measured on a GPU")
         for row in rows:
             speed, memory = row.get("tokens_per_second", 0), row.get("peak_device_memory", 0) / 1e9
-            reporter.write_line(f"{row['test']:<60} {row['device']:<28} {speed:>10,.0f} tokens/s {memory:>7.2f} GB")
+            reporter.write_line(f"{row['test']:<24} {row['device']:<28} {speed:>10,.0f} tokens/s {memory:>7.2f} GB")
         versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
         reporter.write_line(json.dumps({"versions": versions, "measured": rows}))
     skipped: list[Any] = reporter.stats.get("skipped", [])
