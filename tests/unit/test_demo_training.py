@@ -55,6 +55,9 @@ def test_as_many_trainers_compute_at_a_time_as_there_are_cores_for_their_process
 
 @pytest.mark.parametrize("demo", ["llm", "classify"])
 def test_make_hands_the_options_to_the_demo(monkeypatch: pytest.MonkeyPatch, demo: str) -> None:
+    # Within `make test` it would be another make's child, which says more.
+    for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):
+        monkeypatch.delenv(name, raising=False)
     command = ["make", "--dry-run", f"demo-{demo}", "PROCESSES=2", "LEARNING_RATE=auto", "SECONDS=7"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.splitlines()[-1]
     program, given = printed.split(f"-m examples.{demo}.demo ")
