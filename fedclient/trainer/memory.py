@@ -8,7 +8,10 @@ import resource
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+NUMBERED = ("cuda", "xpu")
+"""Kinds of accelerators of which there may be several, and whose memory torch counts."""
 _SHARE = 0.9
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _LARGE = 1 << 20
@@ -17,17 +20,22 @@ _FIRST_TO_GO = "1000"
 
 def peak_device_memory() -> int:
     """Peak memory in bytes that torch took on the current accelerator; 0 if it uses none, or does not count."""
-    torch = sys.modules.get("torch")
-    return (
-        int(torch.accelerator.max_memory_allocated()) if torch is not None and torch.accelerator.is_available() else 0
-    )
+    accelerator = _counting_accelerator()
+    return int(accelerator.max_memory_allocated()) if accelerator else 0
 
 
 def free_device_memory() -> None:
     """Give back what torch holds of the accelerator's memory and does not use."""
+    if accelerator := _counting_accelerator():
+        accelerator.empty_cache()
+
+
+def _counting_accelerator() -> Any:
+    """`torch.accelerator`, if there is one whose memory it knows of: of others (MPS) it raises when it is asked."""
     torch = sys.modules.get("torch")
-    if torch is not None and torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
+    if torch is None or not torch.accelerator.is_available():
+        return None
+    return torch.accelerator if torch.accelerator.current_accelerator().type in NUMBERED else None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

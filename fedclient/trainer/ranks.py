@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from fedclient.trainer.kept import give_random, take_random
+from fedclient.trainer.memory import NUMBERED
 from fedclient.trainer.nested import flatten, rebuild
 from fedclient.trainer.own_base import OwnBase
 from fedclient.trainer.pipe import Pipe, end_group
@@ -31,7 +32,7 @@ from fedclient.trainer.replicas import Replicas
 from fedclient.trainer.sharded import ShardedState, Shards, shard
 from fedclient.trainer.state import State
 from fedclient.trainer.team import SOCKET, STRATEGY, Share, Team, share_of, to_line
-from fedclient.trainer.torch_state import NUMBERED, TorchState, best_device
+from fedclient.trainer.torch_state import TorchState, best_device
 from fedclient.trainer.wire import Failure
 from fedclient.trainer.without_values import WithoutValues
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedclient.trainer.memory import NUMBERED
 from fedclient.trainer.nested import CannotHoldError, Leaf, Source
 from fedclient.trainer.state import WINDOW, Fill, ModelMismatchError, Start, check_gradient
 from fedclient.trainer.wire import Write
@@ -39,8 +40,6 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
 """Every dtype of safetensors that torch computes with."""
 _ORIGINALS = "fedlink_originals"
 """Attribute of a module with parameters of a frozen base that are held in another form: what they were, by name."""
-NUMBERED = ("cuda", "xpu")
-"""Kinds of accelerators of which there may be several."""
 _HASHED = 1 << 20
 """Elements that are hashed at a time."""
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedclient.trainer.memory import NUMBERED
 from fedclient.trainer.team import Share
 from fedclient.trainer.text.corpus import IGNORED, Corpus
 
@@ -117,7 +118,7 @@ class Padding:
 
     def _there(self, values: npt.NDArray[Any]) -> torch.Tensor:
         tensor = torch.from_numpy(values)
-        if self.device.startswith(("cuda", "xpu")):
+        if self.device.startswith(NUMBERED):
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 

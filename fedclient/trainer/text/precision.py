@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fedclient.trainer.memory import NUMBERED
 from fedclient.trainer.options import Autocast, Dtype
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -45,7 +46,7 @@ class Precision:
         """What autocast computes in; None: there is none."""
         self._kind = device.partition(":")[0]
         # Gradients in float16 vanish below 6e-8; other dtypes reach as far down as float32.
-        scaled = self.dtype is torch.float16 and self._kind in ("cuda", "xpu")
+        scaled = self.dtype is torch.float16 and self._kind in NUMBERED
         self.scaler = torch.amp.GradScaler(self._kind, enabled=scaled)
         """Scales the loss where it must be; elsewhere it does nothing."""
 
