@@ -120,8 +120,7 @@ async def test_it_learns_and_tells_what_it_takes_of_the_device(
     gpu.record(record_property, best_device(), dict(first.metrics) | dict(second.metrics))
     for result in (first, second):
         assert result.steps == 40
-        # Adapters learn slower than all weights do.
-        assert result.metrics["loss"] < (0.95 if LORA in CASES[case] else 0.7) * before.metrics["loss"]
+        assert result.metrics["loss"] < 0.7 * before.metrics["loss"]
         assert result.metrics["peak_device_memory"] > 1e6
         assert result.metrics["tokens_per_second"] > 0
         assert result.device_memory_bytes > 1_000_000
