@@ -7,17 +7,15 @@ import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from fedclient.trainer import Context
 from fedclient.trainer.state import state_of
 from fedclient.trainer.text.compiling import CACHE, CannotCompileError
 from fedclient.trainer.text.finetuning import FineTuning
-from tests.support.interrupted import MEMORY, Interrupted, Run
+from tests.support.interrupted import MEMORY, Run, dying
 from tests.support.text_sites import built, job, workload
 from tests.support.tiny_models import save_llama
 
@@ -87,24 +85,8 @@ def test_killed_at_a_step_it_goes_on_to_the_same_bits(tmp_path: Path):
     given = {"steps": 6, "batch_size": 3, "learning_rate": 0.01}
 
     def trained(directory: Path, die_at: int | None, *, every: float = 1e-9) -> Run:
-        found, done = language(tmp_path), 0
-
-        def train(model: Any, ctx: Context) -> None:
-            nonlocal done
-            ctx.settings, ctx.round, ctx.rounds = found.Settings(**given), 1, 3
-            one = found.summed_loss
-
-            def summed_loss(*arguments: Any) -> torch.Tensor:
-                nonlocal done
-                done += 1
-                if done == die_at:
-                    raise Interrupted
-                return one(*arguments)
-
-            found.summed_loss = summed_loss  # type: ignore[method-assign]
-            found.train(model, ctx)
-
-        return Run(directory, found.build_model, train, every=every)
+        found = language(tmp_path)
+        return Run(directory, found.build_model, dying(found, die_at, **given), every=every)
 
     with tempfile.TemporaryDirectory(dir=MEMORY) as scratch:
         whole = trained(Path(scratch), None, every=0)

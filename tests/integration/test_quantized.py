@@ -6,7 +6,6 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +32,12 @@ from tests.support.trainers import arrays, init, make_trainer, raw_tensors, trai
 
 pytest.importorskip("bitsandbytes", reason="pip install 'fedlink[quantized]'")
 # peft 0.21 asks transformers 5 under an old name.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 KINDS = ("int8", "nf4", "fp4")
 TEXTS = {"train": "train.jsonl", "test": "train.jsonl", "packing": False, "max_length": 64}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads would wait for each other longer than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

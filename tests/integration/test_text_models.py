@@ -6,7 +6,6 @@ import json
 import math
 import random
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +14,23 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from fedclient.trainer import Context
 from fedclient.trainer.share import Limits, Share
 from fedclient.trainer.state import state_of
 from fedclient.trainer.text.finetuning import FineTuning
 from fedclient.trainer.text.pretrained import PretrainedError
 from fedclient.trainer.text.rows import DataError
 from fedlink.tensors import Role
-from tests.support.interrupted import MEMORY, Interrupted, Run
+from tests.support.interrupted import MEMORY, Run, dying
 from tests.support.text_sites import built, job, measured, weights, workload
 from tests.support.tiny_models import reviews, save_bert, save_llama, write_jsonl
 
 # peft 0.21 asks transformers 5 under an old name.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 TEXT = "To be, or not to be, that is the question. "
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads would wait for each other longer than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 CLASSIFIER = {"train": "train.jsonl", "test": "test.jsonl", "labels": ["neg", "pos"]}
@@ -351,24 +343,8 @@ def test_killed_at_any_step_it_ends_with_the_same_bits(home: Path, kind: str):
     given = {"epochs": 2, "batch_size": 2, "accumulation": 2, "learning_rate": 0.01}
 
     def trained(directory: Path, die_at: int | None, *, every: float = 1e-9) -> Run:
-        found, done = fresh(), 0
-
-        def train(model: Any, ctx: Context) -> None:
-            nonlocal done
-            ctx.settings, ctx.round, ctx.rounds = found.Settings(**given), 1, 3
-            one = found.summed_loss
-
-            def summed_loss(*arguments: Any) -> torch.Tensor:
-                nonlocal done
-                done += 1
-                if done == die_at:
-                    raise Interrupted
-                return one(*arguments)
-
-            found.summed_loss = summed_loss  # type: ignore[method-assign]
-            found.train(model, ctx)
-
-        return Run(directory, found.build_model, train, every=every)
+        found = fresh()
+        return Run(directory, found.build_model, dying(found, die_at, **given), every=every)
 
     with tempfile.TemporaryDirectory(dir=MEMORY) as scratch:
         whole = trained(Path(scratch), None, every=0)

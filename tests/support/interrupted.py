@@ -99,3 +99,25 @@ class Run:
             return {name: raw_bytes(array).tobytes() for name, array in self.model.items()}
         tensors = {**self.model.state_dict(), **dict(self.model.named_buffers())}
         return {name: bytes(encode(tensor.detach().reshape(-1))) for name, tensor in tensors.items()}
+
+
+def dying(found: Any, die_at: int | None, **given: Any) -> Callable[[Any, Context], None]:
+    """A built-in workload's `train`, under these settings, that ends as the loss of batch `die_at` is computed."""
+    done = 0
+
+    def train(model: Any, ctx: Context) -> None:
+        nonlocal done
+        ctx.settings, ctx.round, ctx.rounds = found.Settings(**given), 1, 3
+        one = found.summed_loss
+
+        def summed_loss(*arguments: Any) -> Any:
+            nonlocal done
+            done += 1
+            if done == die_at:
+                raise Interrupted
+            return one(*arguments)
+
+        found.summed_loss = summed_loss
+        found.train(model, ctx)
+
+    return train
