@@ -34,8 +34,8 @@ class Doing:
     last heard of if it is away."""
     held_back: float = 0.0
     """Seconds until the site may fetch the task: a further attempt after a failure."""
-    elsewhere: str = ""
-    """The run whose task the site has in hand, if it has not fetched this one."""
+    busy_with: str = ""
+    """What the site has in hand if it has not fetched this task, e.g. "run other", "the evaluation of version 3"."""
 
     def __str__(self) -> str:
         share = ""
@@ -100,8 +100,8 @@ class Waited:
             return "connected when the server stopped"
         if self.state == TaskState.PENDING and self.doing and self.doing.held_back:
             return f"failed; its next attempt begins in {span(self.doing.held_back)}"
-        if self.state == TaskState.PENDING and self.doing and self.doing.elsewhere:
-            return f"busy with run {self.doing.elsewhere}; this task waits for {span(self.doing.seconds)}"
+        if self.state == TaskState.PENDING and self.doing and self.doing.busy_with:
+            return f"busy with {self.doing.busy_with}; this task waits for {span(self.doing.seconds)}"
         if self.state == TaskState.RUNNING and self.doing and self.doing.activity:
             return str(self.doing)
         lasting = f" for {span(self.doing.seconds)}" if self.doing else ""

@@ -74,7 +74,7 @@ def view(
         away={s.name: now - s.last_seen for s in away},
         returning=frozenset(s.name for s in away if sites.returning(s)),
         grace_left=sites.grace_left,
-        doing={t.client: replace(_doing(t, now), elsewhere=_elsewhere(t, board)) for t in tasks},
+        doing={t.client: replace(_doing(t, now), busy_with=_busy_with(t, board)) for t in tasks},
         aggregating=aggregating,
         evaluation=evaluations.states(run.version) if current is None else {},
         evaluation_seconds_left=evaluations.seconds_left(run.version),
@@ -124,10 +124,19 @@ def restored(run: RunRow, found: RoundRow, tasks: Sequence[TaskRow], *, not_befo
     return replace(base, phase=Phase(found.phase), tasks=entries, deadline_at=deadline, reason=found.reason)
 
 
-def _elsewhere(task: OpenTask, board: TaskBoard) -> str:
-    """The other run that a site works for while it has not fetched a task; empty if for none."""
+def _busy_with(task: OpenTask, board: TaskBoard) -> str:
+    """What a site has in hand while it has not fetched a task; empty if nothing."""
+    if task.fetched:
+        return ""
     others = (t for t in board.of_client(task.client) if t.fetched and t.state is TaskState.RUNNING)
-    return "" if task.fetched else next((t.run.name for t in others if t.run.id != task.run.id), "")
+    other = next(others, None)
+    if other is None:
+        return ""
+    if other.run.id != task.run.id:
+        return f"run {other.run.name}"
+    if other.row.kind == "evaluate":
+        return f"the evaluation of version {other.row.version}"
+    return "its training"
 
 
 def _doing(task: OpenTask, now: float) -> Doing:

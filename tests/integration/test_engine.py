@@ -137,6 +137,13 @@ async def test_a_site_that_works_for_one_run_is_said_to_by_the_other(fed: Server
     assert f"waits for a (busy with run {first.name}; this task waits" in fed.driver(second).waiting()
 
 
+async def test_a_site_that_measures_a_version_before_it_trains_is_said_to(fed: Server):
+    await fed.join("a")
+    run = await fed.create(**ONE)
+    await fed.task("a", "evaluate")
+    assert "waits for a (busy with the evaluation of version 0; this task waits" in fed.driver(run).waiting()
+
+
 async def test_a_failed_round_is_tried_again_and_then_fails_the_run(fed: Server):
     await fed.join("a")
     run = await fed.create(cohort={"min_clients": 1, "round_attempts": 2}, **QUIET)

@@ -103,7 +103,7 @@ def test_a_round_that_has_too_few_sites_names_those_that_are_not_there():
 
 
 def test_a_site_that_works_for_another_run_is_not_taken_for_idle():
-    doing = {**DOING, "carl": Doing(seconds=9, elsewhere="first")}
+    doing = {**DOING, "carl": Doing(seconds=9, busy_with="run first")}
     sentence = explain(seen(COLLECT, doing=doing))
     assert "carl (busy with run first; this task waits for 9 s)" in sentence
 
