@@ -51,7 +51,8 @@ class OwnBase:
         if here and not wanted:
             raise BaseMismatchError(
                 "the run's model names no frozen base, and this site's workload keeps one (frozen_base): "
-                "begin the run with what `fedclient init-model` writes for it"
+                "begin the run with what `fedclient init-model` writes for it (with --weights, from an adapter that "
+                "you have)"
             )
         if wanted and not here:
             raise BaseMismatchError(
