@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import resource
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -46,7 +45,7 @@ def main(root: Path, seconds: float, wanted: Plan | None, training: Training) ->
     """
     sites = Sites(root, training)
     sites.prepare()
-    started, spent = time.monotonic(), cpu_seconds()
+    started = time.monotonic()
     with contextlib.ExitStack() as processes:
         server = sites.start_server(processes)
         machine = measure(sites)
@@ -74,7 +73,6 @@ def main(root: Path, seconds: float, wanted: Plan | None, training: Training) ->
         steps=chosen.steps,
         step_seconds=machine.step,
         seconds=time.monotonic() - started,
-        cpu_seconds=cpu_seconds() - spent,
     )
     report(root, comparison)
 
@@ -124,12 +122,6 @@ def train_alone(sites: Sites, steps: int, rate: float | str | None) -> dict[str,
 def perplexity(versions: list[dict[str, Any]]) -> float:
     """Of the last version, on all sites' held-out passages."""
     return float(versions[-1]["evaluation"]["perplexity"])
-
-
-def cpu_seconds() -> float:
-    """What every process that this one has started, and waited for, has computed."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def arguments() -> argparse.Namespace:

@@ -35,8 +35,6 @@ class Comparison:
     """Of each site in each round."""
     step_seconds: float
     seconds: float
-    cpu_seconds: float
-    """Of all processes."""
 
     @property
     def federated(self) -> list[float]:
@@ -88,7 +86,6 @@ def report(root: Path, found: Comparison) -> None:
         "bytes_per_round": found.bytes_per_round,
         "bytes_per_round_full_model": full,
         "seconds": round(found.seconds, 1),
-        "cpu_seconds": round(found.cpu_seconds, 1),
         "adapter_path": str(adapter),
         "plot_path": str(plot),
     }
