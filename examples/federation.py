@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 START_SECONDS = 60.0
+TELL_SECONDS = 30.0
 NOWHERE = "127.0.0.1:1"
 """The server of a site that trains alone."""
 
@@ -66,6 +68,27 @@ class Federation:
             yield from map(json.loads, watch.stdout)
         if watch.returncode:
             sys.exit(f"run {run} did not complete; fedserver run show {run} --data-dir {self.server_data} says why")
+
+    @contextlib.contextmanager
+    def telling(self, run: str) -> Iterator[None]:
+        """Print every now and then what a run waits for, until the context ends."""
+        over = threading.Event()
+        command = program(["fedserver", "run", "show", run, "--json", "--data-dir", str(self.server_data)])
+
+        def tell() -> None:
+            while not over.wait(TELL_SECONDS):
+                shown = subprocess.run(command, check=False, capture_output=True, text=True)
+                waiting = json.loads(shown.stdout)["waiting"] if shown.returncode == 0 else shown.stderr.strip()
+                if waiting and not over.is_set():
+                    print(waiting, flush=True)
+
+        thread = threading.Thread(target=tell, name="telling")
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def evaluations(self, run: str) -> Iterator[dict[str, Any]]:
         """What every version of a run measured, as it comes; ends with the run."""

@@ -186,22 +186,29 @@ def plan(seconds: float, step: float, start: float, lanes: int) -> int:
 
 
 def follow(sites: Sites) -> Course:
-    """Print each version's accuracy and macro-F1, overall and by site, as they come."""
+    """Print each version's accuracy and macro-F1, overall and by site, as they come; until then, what is waited for."""
     course = Course()
-    print(
-        f"\n{'accuracy / macro-F1':>21}"
-        + "".join(f"{name:>15}" for name in NAMES)
-        + f"{'down':>10}{'up':>10}{'seconds':>9}"
-    )
-    for event in sites.events(RUN):
-        if event["kind"] == "round_committed":
-            course.rounds.append(event["data"])
-        elif event["kind"] == "run_calibrated":
-            course.measured = event["data"]["settings"]
-        elif event["kind"] == "version_evaluated":
-            course.versions.append(event["data"])
-            print(line(course), flush=True)
+    with contextlib.ExitStack() as beginning:
+        beginning.enter_context(sites.telling(RUN))
+        for event in sites.events(RUN):
+            if event["kind"] == "round_committed":
+                course.rounds.append(event["data"])
+            elif event["kind"] == "run_calibrated":
+                course.measured = event["data"]["settings"]
+                print("measured: " + ", ".join(f"{name} {value:g}" for name, value in course.measured.items()))
+            elif event["kind"] == "version_evaluated":
+                course.versions.append(event["data"])
+                if len(course.versions) == 1:
+                    beginning.close()
+                    print(heading(), flush=True)
+                print(line(course), flush=True)
     return course
+
+
+def heading() -> str:
+    """The titles of the table of versions."""
+    names = "".join(f"{name:>15}" for name in NAMES)
+    return f"\n{'accuracy / macro-F1':>21}{names}{'down':>10}{'up':>10}{'seconds':>9}"
 
 
 def line(course: Course) -> str:
