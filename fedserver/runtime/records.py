@@ -171,7 +171,8 @@ def commit_version(
     used = _used(c, run, stored, tasks, memory)
     q.save_round(c, run.id, number, after.attempt, phase=after.phase, closed=now, used=json.dumps(used))
     q.save_run(c, run.id, version=number)
-    opened = q.round_attempt(c, run.id, number, after.attempt)
+    # Before its tasks the round waited, for sites to come or to measure settings.
+    began = min((t.issued for t in task_queries.round_tasks(c, run.id, number, after.attempt)), default=now)
     data = {
         "round": number,
         "version": number,
@@ -180,7 +181,7 @@ def commit_version(
         "bytes_down": used["bytes_down"],
         "aggregate_seconds": round(seconds, 4),
         "folded_early": stored.folded_early,
-        "seconds": round(now - opened.opened, 4) if opened else 0.0,
+        "seconds": round(now - began, 4),
     }
     q.add_event(c, run.id, "round_committed", data, now)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import os
 import sqlite3
 import time
@@ -19,6 +20,7 @@ from fedlink.errors import FedlinkError, Reason
 from fedserver.rounds.model import Phase, TaskState
 from fedserver.runtime import aggregation, board, records, tidying
 from fedserver.store.disk import Disk
+from fedserver.store.queries import runs as run_queries
 from fedserver.store.rows import UploadRow
 from tests.support.server import (
     ONE,
@@ -63,6 +65,19 @@ async def test_a_round_from_tasks_to_a_version(fed: Server):
         "round_committed",
         "run_ended",
     ]
+
+
+async def test_a_round_s_seconds_do_not_count_the_wait_for_sites(fed: Server):
+    run = await fed.create(**ONE, **QUIET)
+    await asyncio.sleep(0.3)
+    await fed.join("a")
+    await fed.train("a")
+    await fed.ended(run)
+    events = await fed.database.run(lambda c: run_queries.events_after(c, run.id, 0))
+    committed = next(e for e in events if e.kind == "round_committed")
+    task = (await fed.tasks(run))[0]
+    assert json.loads(committed.data)["seconds"] == pytest.approx(committed.time - task.issued, abs=0.001)
+    assert committed.time - run.created > committed.time - task.issued + 0.3
 
 
 async def test_a_repeat_gives_the_same_verdict_and_other_content_none(fed: Server):
