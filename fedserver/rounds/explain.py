@@ -187,10 +187,9 @@ def _evaluation(view: RunView) -> Wait:
 
 
 def _calibration(view: RunView) -> Wait:
-    clients = _tasks(view, view.calibration)
-    left = span(view.calibration_seconds_left)
-    text = f'waits for {listed(clients)} to measure what the run gives as "auto"; it goes on without them in {left}'
-    return Wait(text, clients)
+    clients, seconds = _tasks(view, view.calibration), view.calibration_seconds_left
+    ending = f"without them in {span(seconds)}" if seconds > 0 else "with the first that answers"
+    return Wait(f'waits for {listed(clients)} to measure what the run gives as "auto"; it goes on {ending}', clients)
 
 
 def _round(view: RunView, current: Round) -> Wait:

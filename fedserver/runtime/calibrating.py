@@ -59,8 +59,23 @@ class Calibrating:
         return (self._deadline or 0.0) - time.time()
 
     def over(self, now: float) -> bool:
-        """Whether nobody is waited for any more."""
+        """Whether nobody is measuring any more, or the deadline is over; it may still have to go on (`needs_more`)."""
         return self._deadline is not None and over(self.states.values(), now, self._deadline)
+
+    def needs_more(self, rows: Sequence[TaskRow], now: float) -> bool:
+        """Whether it waits all the same.
+
+        Before the deadline it waits for those that are away, if fewer have answered than a round needs; after it for
+        the first answer, as long as anybody is measuring.
+
+        Args:
+            rows: every task of it.
+            now: seconds since the epoch.
+        """
+        answered = {row.client for row in rows if row.state == TaskState.ACCEPTED}
+        if now < (self._deadline or 0.0):
+            return bool(self.tasks) and len(answered) < self._spec.cohort.least
+        return not answered and any(state.waited_for for state in self.states.values())
 
     def result(self, rows: Sequence[TaskRow]) -> Measured:
         """What has been measured.
@@ -72,6 +87,11 @@ class Calibrating:
         newest = {row.client: row for row in rows}
         missing = {client: _fate(row) for client, row in newest.items() if client not in found}
         return put_together(self.names, self._spec.calibration.own, self._schemas(), found, missing)
+
+    def failure(self, measured: Measured) -> str:
+        """Why the run ends, where nothing was found."""
+        whys = "; ".join(f"{client}: {why}" for client, why in sorted(measured.missing.items()))
+        return f"no site could measure {', '.join(self.names)} ({whys})"
 
     def _schemas(self) -> dict[str, Schema]:
         workload = self._spec.workload

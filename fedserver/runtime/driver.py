@@ -362,12 +362,12 @@ class RunDriver:
         if not self._calibrating.over(now) or self.row.state not in q.LIVE_STATES:
             return
         rows = await self._db.run(lambda c: task_queries.calibration_tasks(c, self.row.id))
+        if self._calibrating.needs_more(rows, now):
+            return
         late, run = self._calibrating.tasks, self.row
         measured = self._calibrating.result(rows)
-        names = ", ".join(self._calibrating.names)
         if not measured.sites:
-            whys = "; ".join(f"{client}: {why}" for client, why in sorted(measured.missing.items()))
-            await self._end("failed", f"no site could measure {names} ({whys})")
+            await self._end("failed", self._calibrating.failure(measured))
             return
         await self._commit(lambda c: records.close_calibration(c, run, measured, [t.row.id for t in late]))
         reach("calibration.closed")

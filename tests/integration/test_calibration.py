@@ -27,7 +27,7 @@ def site(federation, name, start=True, options=None, **table):
     return made
 
 
-def run(federation, name="run", clients=2, rounds=2, **tables):
+def run(federation, name="run", clients=2, rounds=2, quorum=None, **tables):
     settings = tables.pop("settings", {"learning_rate": "auto", "batch_size": "auto"})
     federation.create_run(
         name,
@@ -35,7 +35,7 @@ def run(federation, name="run", clients=2, rounds=2, **tables):
         model="start",
         rounds=rounds,
         settings=settings,
-        cohort={"min_clients": clients},
+        cohort={"min_clients": clients} | ({"quorum": quorum} if quorum else {}),
         **tables,
     )
 
@@ -82,6 +82,43 @@ def test_each_its_own_rate(federation):
     assert federation.export("run@2")["w"].tolist() == [1.0] * 3
 
 
+def waiting(federation, text):
+    return until(lambda: text in federation.run_state("run").waiting, text)
+
+
+def test_those_that_a_round_needs_are_waited_for_while_they_are_away(federation):
+    federation.import_model("start", MODEL)
+    sites = [site(federation, name, learning_rate=rate, batch_size=1) for name, rate in (("a", 0.25), ("b", 0.5))]
+    until(lambda: sum(c["connected"] for c in federation.json("client", "list")) == 2, "two sites")
+    for made in sites:
+        made.daemon.process.send_signal(signal.SIGSTOP)
+    try:
+        run(federation, rounds=1)
+        waiting(federation, "a (away")
+        waiting(federation, "b (away")
+        sites[0].daemon.process.send_signal(signal.SIGCONT)
+        waiting(federation, "waits for b (away")
+        assert federation.run_state("run").measured == []
+    finally:
+        for made in sites:
+            made.daemon.process.send_signal(signal.SIGCONT)
+    told = next(e["data"] for e in federation.finish("run") if e["kind"] == "run_calibrated")
+    assert told["settings"] == {"learning_rate": 0.375}
+
+
+def test_past_its_deadline_it_goes_on_with_the_first_that_answers(federation):
+    federation.import_model("start", MODEL)
+    for name, rate in (("a", 0.25), ("b", 0.5)):
+        site(federation, name, learning_rate=rate, batch_size=1, after="go")
+    run(federation, rounds=1, calibration={"deadline": "1s"})
+    waiting(federation, "it goes on with the first that answers")
+    (federation.sites["a"].directory / "go").touch()
+    told = until(lambda: federation.run_state("run").measured, "the first answer")
+    assert {m.name: dict(m.sites) for m in told} == {"batch_size": {"a": 1}, "learning_rate": {"a": 0.25}}
+    (federation.sites["b"].directory / "go").touch()
+    federation.finish("run")
+
+
 def test_one_that_fails_and_one_that_is_away_are_gone_without(federation):
     federation.import_model("start", MODEL)
     site(federation, "fails", fail="no")
@@ -91,7 +128,7 @@ def test_one_that_fails_and_one_that_is_away_are_gone_without(federation):
     until(lambda: sum(c["connected"] for c in federation.json("client", "list")) == 3, "three sites")
     away.daemon.process.send_signal(signal.SIGSTOP)
     try:
-        run(federation, clients=3, rounds=1)
+        run(federation, clients=3, rounds=1, quorum=1)
         calibrated = until(lambda: federation.run_state("run").measured, "the measuring to end")
     finally:
         away.daemon.process.send_signal(signal.SIGCONT)

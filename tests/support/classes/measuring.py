@@ -1,6 +1,7 @@
 """A workload without torch that measures two of its settings, as a test's file next to site.toml says.
 
-`measure.json` beside site.toml: {"learning_rate": ..., "batch_size": ..., "die": times to kill the process first}.
+`measure.json` beside site.toml: {"learning_rate": ..., "batch_size": ..., "die": times to kill the process first,
+"after": a file to wait for}.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -45,5 +47,8 @@ class Measuring(Workload):
             os.kill(os.getpid(), signal.SIGKILL)
         if "fail" in table:
             raise ValueError(table["fail"])
+        while "after" in table and not (self.site.directory / table["after"]).exists():
+            ctx.alive()
+            time.sleep(0.05)
         model["w"] += 1
         return {name: table[name] for name in ("learning_rate", "batch_size") if getattr(ctx.settings, name) == "auto"}
