@@ -44,12 +44,30 @@ SEVERAL_AT_ONCE = {
     "cut-and-killed",
 }
 """Whose faults come one by one in other cases, too; left to `make test-slow`."""
+NEIGHBOURS = {
+    "recovered",
+    "run-created",
+    "round-opened",
+    "round-failed",
+    "upload-slot",
+    "upload-started",
+    "upload-marked",
+    "fold-shard",
+    "blob-listed",
+    "blob-unlinked",
+    "version-stored",
+    "updates-forgotten",
+    "checkpoint-renamed",
+    "cut-uploads",
+    "late-site-and-server",
+}
+"""Whose faults are an instant from those of a case that `make test` has; left to `make test-slow` as well."""
 
 
 def cases_in_order() -> list[ParameterSet]:
     """The fixed set."""
-    slow = [pytest.mark.slow]
-    return [pytest.param(c, id=c.name, marks=slow if c.name in SEVERAL_AT_ONCE else []) for c in fixed()]
+    later, slow = SEVERAL_AT_ONCE | NEIGHBOURS, [pytest.mark.slow]
+    return [pytest.param(c, id=c.name, marks=slow if c.name in later else []) for c in fixed()]
 
 
 @pytest.mark.timeout(300)
@@ -71,7 +89,7 @@ def test_the_fixed_set_is_whole() -> None:
     assert points == {*failpoints.SERVER, *failpoints.CLIENT, *failpoints.TRAINER}
     assert len(cases) >= 40
     assert sum(bool(case.torch) for case in cases) >= 5
-    assert {case.name for case in cases} >= SEVERAL_AT_ONCE
+    assert {case.name for case in cases} >= SEVERAL_AT_ONCE | NEIGHBOURS
     alone = {f.point for c in cases if c.name not in SEVERAL_AT_ONCE for f in c.faults if isinstance(f, Kill)}
     assert alone == points
 

@@ -93,6 +93,7 @@ async def test_described_trained_and_measured_in_one_process(site: SiteSettings,
         await trainer.close()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 async def test_an_adapter_that_peft_saved_begins_a_run(site: SiteSettings, tmp_path: Path):
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert", num_labels=2)
