@@ -5,7 +5,8 @@ large as the run wants its optimizer steps to be. Then the gap between what fits
 are `CLOSE` to each other, and the larger that fits is the answer.
 
 The effective batch, what an optimizer step sees, stays what the run asked for: it is cut into ceil(effective / found)
-forward passes whose gradients add up. So what is learned from a step does not change with the size found, and the
+forward passes whose gradients add up: a size below it is tried with two, for the second finds the gradients of the
+first in memory. So what is learned from a step does not change with the size found, and the
 learning rate needs no scaling. (Where one enlarges the effective batch itself, the usual rules are to scale the rate
 with it for SGD, Goyal et al. 2017, arXiv:1706.02677, and with its square root for the Adam family.)
 
@@ -45,7 +46,8 @@ def find_batch_size(ctx: Context, attempt: Callable[[int], object], *, most: int
     Args:
         ctx: of `Workload.calibrate`.
         attempt: does a training step with so many examples, those that take most memory, as the run would do it: with
-            the optimizer's state, twice, so that the second finds everything there. Of several processes each does
+            the optimizer's state, twice, so that the second finds everything there; and below `most` over two batches of
+            that size whose gradients add up, if the run then accumulates. Of several processes each does
             its part (`Context.share`), and does not wait for another. It may leave the weights as it
             likes if they are brought back afterwards (`fedclient.trainer.undone`).
         most: no larger batch is wanted: that of an optimizer step, or all examples.
