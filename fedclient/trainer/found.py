@@ -28,6 +28,10 @@ _ENTRY = {"run", "given", "kind", "model", "found"}
 _FILE, _ATTEMPTS = "found.json", "attempts.json"
 
 
+class CannotMeasureError(ValueError):
+    """A setting cannot be measured at this site; the text says why and what to do, and quotes no data."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """What a finding is for."""

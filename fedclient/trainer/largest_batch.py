@@ -25,15 +25,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedclient.trainer.api import Context
-from fedclient.trainer.found import Attempts
+from fedclient.trainer.found import Attempts, CannotMeasureError
 from fedclient.trainer.memory import free_device_memory, is_out_of_memory, keep_whole, within_free_memory
 
 CLOSE = 1.1
 """The search ends where what does not fit is at most so many times what fits."""
-
-
-class CannotMeasureError(ValueError):
-    """A batch size cannot be measured as this site trains; the text says what to do."""
 
 
 class NothingFitsError(RuntimeError):
@@ -46,10 +42,10 @@ def find_batch_size(ctx: Context, attempt: Callable[[int], object], *, most: int
     Args:
         ctx: of `Workload.calibrate`.
         attempt: does a training step with so many examples, those that take most memory, as the run would do it: with
-            the optimizer's state, twice, so that the second finds everything there; and below `most` over two batches of
-            that size whose gradients add up, if the run then accumulates. Of several processes each does
-            its part (`Context.share`), and does not wait for another. It may leave the weights as it
-            likes if they are brought back afterwards (`fedclient.trainer.undone`).
+            the optimizer's state, twice, so that the second finds everything there; and below `most` over two batches
+            of that size whose gradients add up, if the run then accumulates. Of several processes each does its part
+            (`Context.share`), and does not wait for another. It may leave the weights as it likes if they are brought
+            back afterwards (`fedclient.trainer.undone`).
         most: no larger batch is wanted: that of an optimizer step, or all examples.
         kept: `Workload.site.kept`, where sizes are noted before they are tried.
 

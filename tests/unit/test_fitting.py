@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fedclient.trainer import Bounds, Context, find_batch_size, find_learning_rate, measured
-from fedclient.trainer.found import Attempts, Finding, Found, fingerprint
+from fedclient.trainer.found import Attempts, CannotMeasureError, Finding, Found, fingerprint
 from fedclient.trainer.largest_batch import CLOSE, NothingFitsError
 from fedclient.trainer.range_test import TRIAL_STEPS
 from fedclient.trainer.schema import SettingsError, check_found, parse_settings, settings_schema
@@ -62,6 +62,32 @@ def test_rate_stays_within_its_limits_and_the_weights_stay_what_they_were():
     rate = find_learning_rate(model, context(limits=limits), descend=descend, held_out=held_out)
     assert 0.01 <= rate <= 0.02
     assert model["w"].tobytes() == np.full(4, 3.0).tobytes()
+
+
+@pytest.mark.parametrize("curvature", [0.3, 3.0, 300.0])
+def test_a_loss_below_zero_gives_a_rate_as_good(curvature):
+    model, descend, held_out = quadratic(curvature)
+    start = float(curvature * 9 * 4 / 2)
+
+    def below(rates, fold):
+        for loss in descend(rates, fold):
+            yield loss - 1.5 * start
+
+    rate = find_learning_rate(
+        model, context(), descend=below, held_out=lambda fold: held_out(fold) - 1.5 * start, schedule=[1.0] * 3
+    )
+    # What is within 1 % of the least is wider here: 1.5 % of the loss that there was in the beginning.
+    assert 0.3 <= rate * curvature <= 1.6
+
+
+@pytest.mark.parametrize("where", ["training", "held-out"])
+def test_where_no_trial_is_finite_there_is_no_rate_but_the_reason(where):
+    def descend(rates, _fold):
+        for _ in rates:
+            yield float("nan") if where == "training" else 1.0
+
+    with pytest.raises(CannotMeasureError, match="no learning rate could be measured: at each one tried"):
+        find_learning_rate({"w": np.zeros(1)}, context(), descend=descend, held_out=lambda _: float("inf"))
 
 
 def network() -> torch.nn.Module:
