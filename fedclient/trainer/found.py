@@ -24,6 +24,8 @@ from fedlink.tensors import Role
 
 KEPT = 64
 """Findings that are kept of a workload."""
+DEATHS = 2
+"""How often a process has to end while a size is tried until that counts as too large: once may be a reboot."""
 _ENTRY = {"run", "given", "kind", "model", "found"}
 _FILE, _ATTEMPTS = "found.json", "attempts.json"
 
@@ -107,30 +109,43 @@ class Attempts:
         self._path = directory / _ATTEMPTS if directory else None
         self._kind = hashlib.sha256(kind.encode()).hexdigest()
         found = read_table(self._path) if self._path else None
-        table = found if isinstance(found, dict) and found.get("kind") == self._kind else {"fits": 0, "fails": 0}
-        self.fits: int = table["fits"]
+        table = found if isinstance(found, dict) and found.get("kind") == self._kind else {}
+        self.fits: int = table.get("fits", 0)
         """The largest size that is known to fit; 0 if none is."""
-        self.fails: int = table["fails"]
-        """The least that is known not to; 0 if none is. What was being tried when the process ended is one."""
+        self.fails: int = table.get("fails", 0)
+        """The least that is known not to, or that `DEATHS` processes have ended with; 0 if none is."""
+        self._begun: int = table.get("begun", 0)
+        self._size: int = table.get("size", 0)
+        if self._begun >= DEATHS:
+            self.fails, self._begun = self._size, 0
 
     def trying(self, size: int) -> None:
         """Note a size before it is tried: if the process is killed for it, that is known the next time."""
-        self._write(self.fits, size)
+        self._begun = self._begun + 1 if size == self._size else 1
+        self._size = size
+        self._write()
 
     def tried(self, size: int, *, fits: bool) -> None:
         """Note how it went."""
         self.fits, self.fails = (max(size, self.fits), self.fails) if fits else (self.fits, size)
-        self._write(self.fits, self.fails)
+        self._begun = 0
+        self._write()
+
+    def broken_off(self) -> None:
+        """What was tried has ended by something else than its size: the process lives."""
+        self._begun = 0
+        self._write()
 
     def over(self) -> None:
         """The search has ended."""
         if self._path:
             self._path.unlink(missing_ok=True)
 
-    def _write(self, fits: int, fails: int) -> None:
+    def _write(self) -> None:
         if self._path:
+            table = {"fits": self.fits, "fails": self.fails, "size": self._size, "begun": self._begun}
             with contextlib.suppress(OSError):
-                write_table(self._path, {"kind": self._kind, "fits": fits, "fails": fails})
+                write_table(self._path, {"kind": self._kind} | table)
 
 
 def fingerprint(state: State, alive: Callable[[], None]) -> str:

@@ -14,8 +14,8 @@ Running out of memory is an exception of torch, numpy or Python. On a CPU the sy
 another one; so the address space is limited meanwhile to what is free, and this process offers itself as the first to
 be killed. Several processes with a whole model each try their parts of a size at the same time, and share what is free;
 it fits if it does in all. They exchange no gradients meanwhile: one without memory would leave the others waiting.
-Each size is noted at the site before it is tried: if the process dies of it, the daemon, which is another process,
-begins the search again, and it goes on below that size.
+Each size is noted at the site before it is tried: if the process dies, the daemon, which is another process, begins the
+search again, and it goes on with that size; if the process dies of it once more, below it.
 """
 
 from __future__ import annotations
@@ -71,7 +71,12 @@ def find_batch_size(ctx: Context, attempt: Callable[[int], object], *, most: int
         ctx.agree()
         ctx.alive()
         attempts.trying(size)
-        if fitted := team.all_true(_fits(attempt, size, ctx)):
+        try:
+            own = _fits(attempt, size, ctx)
+        except BaseException:
+            attempts.broken_off()
+            raise
+        if fitted := team.all_true(own):
             fits = size
         else:
             fails = size

@@ -201,8 +201,8 @@ print(find_batch_size(Context(settings=Settings()), attempt, most=512, kept=Path
         assert done.returncode in (0, -9), done.stderr
         outputs.append(done.stdout.strip())
     tried = [int(line) for line in (tmp_path / "tried").read_text().split()]
-    assert tried[:7] == [1, 2, 4, 8, 16, 32, 64]
-    assert len(tried) == len(set(tried))
+    assert tried[:8] == [1, 2, 4, 8, 16, 32, 64, 64]
+    assert all(tried.count(size) == (1 if size <= 40 else 2) for size in tried)
     assert 36 < int(outputs[-1]) <= 40
     assert not (tmp_path / "attempts.json").exists()
 
@@ -325,9 +325,35 @@ def test_findings_are_for_a_kind_and_a_model_or_for_a_run(tmp_path):
 def test_attempts_of_another_search_are_forgotten(tmp_path):
     attempts = Attempts(tmp_path, "one")
     attempts.tried(8, fits=True)
-    attempts.trying(16)
+    attempts.tried(16, fits=False)
     assert (Attempts(tmp_path, "one").fits, Attempts(tmp_path, "one").fails) == (8, 16)
     assert (Attempts(tmp_path, "two").fits, Attempts(tmp_path, "two").fails) == (0, 0)
+
+
+def test_a_size_is_too_large_once_two_processes_have_ended_with_it(tmp_path):
+    def ends_while_trying(size):
+        attempts = Attempts(tmp_path, "one")
+        before = attempts.fits, attempts.fails
+        attempts.trying(size)
+        return before
+
+    assert ends_while_trying(8) == (0, 0)
+    assert Attempts(tmp_path, "one").fails == 0
+    # It was a reboot: the size fits, and what comes next begins anew.
+    again = Attempts(tmp_path, "one")
+    again.trying(8)
+    again.tried(8, fits=True)
+    assert ends_while_trying(16) == (8, 0)
+    assert ends_while_trying(16) == (8, 0)
+    assert ends_while_trying(12) == (8, 16)
+    assert ends_while_trying(12) == (8, 16)
+    assert (Attempts(tmp_path, "one").fits, Attempts(tmp_path, "one").fails) == (8, 12)
+    again = Attempts(tmp_path, "one")
+    again.trying(9)
+    # A job that was cancelled, or an error, is no death.
+    again.broken_off()
+    again.trying(9)
+    assert Attempts(tmp_path, "one").fails == 12
 
 
 def test_fingerprint_is_of_values_and_names():
