@@ -171,6 +171,7 @@ class Context:
         version: version of the run's model that was loaded.
         limits: the bounds of each numeric setting at this site, where there are any: the class's and the owner's.
         measured: names of the settings that the run gave as "auto", and that are numbers now.
+        kept: as of `Site`: where a search notes what it tries; None: nothing outlasts the process.
         team: the processes that train together.
     """
 
@@ -188,6 +189,7 @@ class Context:
         max_steps: int = 0,
         limits: Mapping[str, Bounds] | None = None,
         measured: frozenset[str] = frozenset(),
+        kept: Path | None = None,
         report: Callable[[Progress], None] = lambda _: None,
         cancelled: Callable[[], bool] = lambda: False,
         team: Team | None = None,
@@ -208,6 +210,7 @@ class Context:
         self._saw: int | None = None
         self.limits = limits or {}
         self.measured = measured
+        self.kept = kept
         self._max_steps = max_steps
         self._report = report
         self._cancelled = cancelled

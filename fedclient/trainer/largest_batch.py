@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from pathlib import Path
 
 from fedclient.trainer.api import Context
 from fedclient.trainer.found import Attempts, CannotMeasureError
@@ -36,7 +35,7 @@ class NothingFitsError(RuntimeError):
     """Not even a batch of one example fits."""
 
 
-def find_batch_size(ctx: Context, attempt: Callable[[int], object], *, most: int, kept: Path | None = None) -> int:
+def find_batch_size(ctx: Context, attempt: Callable[[int], object], *, most: int) -> int:
     """The largest batch with which a training step fits into memory; this module says how it is looked for.
 
     Args:
@@ -47,7 +46,6 @@ def find_batch_size(ctx: Context, attempt: Callable[[int], object], *, most: int
             (`Context.share`), and does not wait for another. It may leave the weights as it likes if they are brought
             back afterwards (`fedclient.trainer.undone`).
         most: no larger batch is wanted: that of an optimizer step, or all examples.
-        kept: `Workload.site.kept`, where sizes are noted before they are tried.
 
     Raises:
         CannotMeasureError: each process has a share of the model.
@@ -62,7 +60,7 @@ def find_batch_size(ctx: Context, attempt: Callable[[int], object], *, most: int
     keep_whole()
     processes = f"/{team.world_size}" if team.world_size > 1 else ""
     kind = f"{ctx.device}/{most}/{sorted(vars(ctx.settings).items())}{processes}"
-    attempts = Attempts(None if team.rank else kept, kind)
+    attempts = Attempts(None if team.rank else ctx.kept, kind)
     fits: int
     fails: int
     fits, fails = team.told([attempts.fits, attempts.fails or most + 1])

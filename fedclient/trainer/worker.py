@@ -401,6 +401,7 @@ class Worker:
             version=job.version,
             max_steps=job.max_steps,
             measured=measured,
+            kept=Path(self._start.kept) if self._start.kept else None,
             limits={name: Bounds(*bounds) for name, bounds in job.limits.items()},
             report=self._report,
             cancelled=self._pipe.cancelled,

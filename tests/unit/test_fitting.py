@@ -193,7 +193,7 @@ def attempt(size):
     if size > 40:
         os.kill(os.getpid(), signal.SIGKILL)
 
-print(find_batch_size(Context(settings=Settings()), attempt, most=512, kept=Path({str(tmp_path)!r})))
+print(find_batch_size(Context(settings=Settings(), kept=Path({str(tmp_path)!r})), attempt, most=512))
 """
     outputs = []
     while not outputs or not outputs[-1]:

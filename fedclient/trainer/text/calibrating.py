@@ -68,7 +68,7 @@ class Calibration:
             finally:
                 self._model.zero_grad(set_to_none=True)
 
-        return find_batch_size(self._ctx, attempt, most=most, kept=self._workload.site.kept)
+        return find_batch_size(self._ctx, attempt, most=most)
 
     def _learning_rate(self, settings: FineTuningSettings) -> float:
         order = self._ctx.rng(1).permutation(len(self._corpus)).astype(np.int64)

@@ -1,6 +1,7 @@
 """A workload without torch that measures two of its settings, as a test's file next to site.toml says.
 
 `measure.json` beside site.toml: {"learning_rate": ..., "batch_size": ..., "die": times to kill the process first}.
+With "fits" it searches for the batch, and a larger one kills the process.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from fedclient.trainer import Bounds, Context, Workload, measured
+from fedclient.trainer import Bounds, Context, Workload, find_batch_size, measured
 
 
 class Measuring(Workload):
@@ -46,4 +47,12 @@ class Measuring(Workload):
         if "fail" in table:
             raise ValueError(table["fail"])
         model["w"] += 1
+        if "fits" in table:
+            table["batch_size"] = find_batch_size(ctx, lambda size: self.attempt(size, table["fits"]), most=64)
         return {name: table[name] for name in ("learning_rate", "batch_size") if getattr(ctx.settings, name) == "auto"}
+
+    def attempt(self, size: int, fits: int) -> None:
+        with (self.site.directory / "tried").open("a") as file:
+            print(size, file=file)
+        if size > fits:
+            os.kill(os.getpid(), signal.SIGKILL)
