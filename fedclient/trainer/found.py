@@ -3,8 +3,9 @@
     DIRECTORY/found.json      the newest findings, at most `KEPT`
     DIRECTORY/attempts.json   a search for the largest batch that is under way: what a process that is killed leaves
 
-A finding holds for one kind of training (workload, data, device, everything the run sets, the site's limits) from one
-starting model, whatever the run is called. In a run it also holds for later versions of the model.
+A finding holds for one kind of training (workload, device, code, everything the run sets, the site's limits) from one
+starting model on the same files, whatever the run is called. In a run it also holds for later versions of the model,
+and whatever becomes of the files.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ KEPT = 64
 """Findings that are kept of a workload."""
 DEATHS = 2
 """How often a process has to end while a size is tried until that counts as too large: once may be a reboot."""
-_ENTRY = {"run", "given", "kind", "model", "found"}
+_ENTRY = {"run", "given", "kind", "passing", "model", "found"}
 _FILE, _ATTEMPTS = "found.json", "attempts.json"
 
 
@@ -47,12 +48,14 @@ class Finding:
     """Whatever else it depends on, besides the model, as text."""
     model: str
     """`fingerprint` of the weights that it was measured with."""
+    passing: str = ""
+    """What else it depends on that may change while a run is under way, as text: the data's files."""
 
     @property
     def key(self) -> dict[str, str]:
         """As it is kept."""
-        kind = hashlib.sha256(self.kind.encode()).hexdigest()
-        return {"run": self.run, "given": self.given, "kind": kind, "model": self.model}
+        kind, passing = (hashlib.sha256(text.encode()).hexdigest() for text in (self.kind, self.passing))
+        return {"run": self.run, "given": self.given, "kind": kind, "passing": passing, "model": self.model}
 
 
 class Found:
@@ -70,13 +73,13 @@ class Found:
 
         Args:
             finding: what for.
-            by_run: whether what this run began with will do, whatever has become of its weights since, and of settings
-                that were measured with it.
+            by_run: whether what this run began with will do, whatever has become of its weights since, of settings
+                that were measured with it, and of what is passing.
         """
         wanted = finding.key
         for entry in self._entries():
             same = {name for name, value in wanted.items() if entry[name] == value}
-            fits = same >= {"kind", "given", "model"} or (by_run and same >= {"kind", "run"})
+            fits = same >= {"kind", "given", "passing", "model"} or (by_run and same >= {"kind", "run"})
             if fits and set(finding.names) <= set(entry["found"]):
                 found: dict[str, float] = {name: entry["found"][name] for name in finding.names}
                 if same < set(wanted) and not by_run:
@@ -90,6 +93,17 @@ class Found:
         others = [e for e in self._entries() if {name: e[name] for name in key} != key]
         with contextlib.suppress(OSError):
             write_table(self._path, [key | {"found": dict(found)}, *others][:KEPT])
+
+    def lower(self, finding: Finding, name: str, most: float) -> bool:
+        """Let a setting be no higher than `most` in all that was found for trainings of a kind; whether one was."""
+        entries, kind = self._entries(), finding.key["kind"]
+        high = [e["found"] for e in entries if e["kind"] == kind and e["found"].get(name, most) > most]
+        for found in high:
+            found[name] = most
+        with contextlib.suppress(OSError):
+            write_table(self._path, entries)
+            return bool(high)
+        return False
 
     def _entries(self) -> list[dict[str, Any]]:
         entries = read_table(self._path)

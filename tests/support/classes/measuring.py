@@ -1,12 +1,14 @@
 """A workload without torch that measures two of its settings, as a test's file next to site.toml says.
 
 `measure.json` beside site.toml: {"learning_rate": ..., "batch_size": ..., "die": times to kill the process first}.
-With "fits" it searches for the batch, and a larger one kills the process.
+With "fits" it searches for the batch, and a larger one kills the process. With "room" a training with a larger one
+runs out of memory.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from collections.abc import Mapping
@@ -32,7 +34,10 @@ class Measuring(Workload):
         return {"w": np.zeros(3, np.float32)}
 
     def train(self, model: dict[str, Any], ctx: Context) -> None:
+        table = json.loads((self.site.directory / "measure.json").read_text())
         for _ in ctx.steps(1):
+            if measured(ctx.settings.batch_size) > table.get("room", math.inf):
+                raise MemoryError
             model["w"] += np.float32(measured(ctx.settings.learning_rate))
         ctx.log(loss=measured(ctx.settings.batch_size))
         ctx.num_examples = 1
