@@ -49,7 +49,7 @@ class Finding:
     model: str
     """`fingerprint` of the weights that it was measured with."""
     passing: str = ""
-    """What else it depends on that may change while a run is under way, as text: the data's files."""
+    """What else it depends on that may change while a run is under way, as text: files, rounds, what the run asks."""
 
     @property
     def key(self) -> dict[str, str]:

@@ -193,7 +193,7 @@ class Worker:
         seed_everything(ctx.seed)
         began = time.monotonic()
         if _ability(job) == "train":
-            ctx.begin(Share(Limits.of(job.asked), Limits.of(job.share)))
+            ctx.begin(_share(job))
         gradient = self._compute(job, built)
         seconds = time.monotonic() - began + ctx.earlier_seconds
         examples = ctx.counted()
@@ -259,7 +259,7 @@ class Worker:
         team = self._team
         given = {name: job.settings.get(name) for name in may}
         start, here = self._start.to_json() | {"kept": ""}, surroundings(self._class, _devices(self._device)[0])
-        kind: list[Any] = [start, fixed, job.limits, here]
+        kind: list[Any] = [start, fixed, job.limits, job.share, here]
         files = data_files(Path(self._start.directory), self._start.data, self._context.alive)
         if team.world_size > 1:
             kind.append([team.world_size, team.whole])
@@ -269,7 +269,7 @@ class Worker:
             given=json.dumps(given),
             kind=json.dumps(kind, sort_keys=True),
             model=fingerprint(built.state, self._context.alive),
-            passing=json.dumps([files, job.rounds]),
+            passing=json.dumps([files, job.rounds, job.asked]),
         )
         kept = Found(Path(self._start.kept))
         by_run = job.kind is not JobKind.CALIBRATE
@@ -277,6 +277,7 @@ class Worker:
         if found is None:
             self._context.note(f"measures {', '.join(names)}")
             seed_everything(self._context.seed)
+            self._context.expect(_share(job))
             measured = self._workload.calibrate(built.model, self._context)
             found = team.told(check_found(self._schema, names, measured, self._context.limits))
             if not job.max_steps and not team.rank:
@@ -489,6 +490,10 @@ def failure_of(error: BaseException, step: int) -> Failure:
     if isinstance(error, BaseMismatchError):
         reason = FailReason.BASE_MISMATCH
     return Failure(reason, type(error).__name__, step, peak_memory(), str(error)[:_MAX_TEXT])
+
+
+def _share(job: Job) -> Share:
+    return Share(Limits.of(job.asked), Limits.of(job.share))
 
 
 def _ability(job: Job) -> str:

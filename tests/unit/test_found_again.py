@@ -145,6 +145,14 @@ def test_memory_that_runs_out_with_the_measured_batch_halves_it(home):
     assert home.searches == 1
 
 
+def test_what_is_measured_is_a_training_within_the_limits(home):
+    home.table(batch_size=1, steps=32)
+    assert home.calibrated()["learning_rate"] == 1 / 32
+    assert home.calibrated(share={"steps": 8, "max_seconds": 0.0})["learning_rate"] == 1 / 8
+    assert home.calibrated(share={"steps": 8}, asked={"steps": 4})["learning_rate"] == 1 / 4
+    assert home.calibrated(share={"steps": 8})["learning_rate"] == 1 / 8
+
+
 def test_a_number_that_the_run_set_is_left_alone(home):
     home.table(learning_rate=0.5, batch_size=9, room=2)
     home.calibrated()

@@ -92,7 +92,9 @@ class Calibration:
             return self._measured(parts[fold][0], size)
 
         epoch = Steps(len(self._corpus), size, 1, self._ctx.rng(), effective)
-        in_round = settings.steps or settings.epochs * len(epoch)
+        in_round = self._ctx.expected_steps(
+            settings.steps or settings.epochs * len(epoch), epoch=len(epoch), examples=effective
+        )
         trial = min(TRIAL_STEPS, in_round * max(1, self._ctx.rounds))
         shape = schedules.Schedule(settings.schedule, 1.0, trial, settings.warmup, settings.floor)
         shares = [shape.rate(step) for step in range(trial)]

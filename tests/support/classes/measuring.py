@@ -1,8 +1,8 @@
 """A workload without torch that measures two of its settings, as a test's file next to site.toml says.
 
 `measure.json` beside site.toml: {"learning_rate": ..., "batch_size": ..., "die": times to kill the process first}.
-With "fits" it searches for the batch, and a larger one kills the process. With "room" a training with a larger one
-runs out of memory.
+With "steps" the rate is 1 by the steps that a training has. With "fits" it searches for the batch, and a larger one
+kills the process. With "room" a training with a larger one runs out of memory.
 """
 
 from __future__ import annotations
@@ -52,6 +52,11 @@ class Measuring(Workload):
         if "fail" in table:
             raise ValueError(table["fail"])
         model["w"] += 1
+        if "steps" in table:
+            table["learning_rate"] = 1 / ctx.expected_steps(table["steps"])
+            for _ in ctx.steps(table["steps"]):
+                pass
+            assert ctx.step == table["steps"], "limits are of trainings"
         if "fits" in table:
             table["batch_size"] = find_batch_size(ctx, lambda size: self.attempt(size, table["fits"]), most=64)
         return {name: table[name] for name in ("learning_rate", "batch_size") if getattr(ctx.settings, name) == "auto"}
