@@ -58,8 +58,10 @@ def data_files(directory: Path, data: Mapping[str, Any], alive: Callable[[], Non
                 continue
             for file in islice(_files(path), FILES):
                 alive()
-                status = file.stat()
-                known.append((str(file), status.st_size, status.st_mtime_ns))
+                # What a link names may be gone.
+                with contextlib.suppress(OSError):
+                    status = file.stat()
+                    known.append((str(file), status.st_size, status.st_mtime_ns))
     return known
 
 

@@ -176,6 +176,7 @@ def test_files_that_a_table_names(tmp_path):
     for name in ("site/a.txt", "site/more/b.txt", "site/more/deep/c.txt", "other/d.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
+    (inner / "more" / "a-link").symlink_to("gone")
     table = {"a": "a.txt", "more": ["more", "gone"], "far": {"d": str(tmp_path / "other")}, "n": 1}
     # None of these is data: the site itself, what holds it, and what is no path.
     table |= {"self": ".", "above": "..", "root": "/", "zero": "a\0b", "long": "x" * 5000}
