@@ -15,6 +15,7 @@ site.toml names the data, as `data.py` prepares it:
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -81,10 +82,13 @@ class HeartDisease(Workload):
             with torch.no_grad():
                 return float(loss_of(model, features[parts[fold]], labels[parts[fold]]))
 
-        schedule = [1.0] * ctx.settings.steps
+        batch_size = ctx.settings.batch_size
+        in_round = ctx.expected_steps(
+            ctx.settings.steps, epoch=math.ceil(len(labels) / batch_size), examples=batch_size
+        )
         return {
             "learning_rate": find_learning_rate(
-                model, ctx, descend=descend, held_out=held_out, schedule=schedule, folds=len(parts)
+                model, ctx, descend=descend, held_out=held_out, schedule=[1.0] * in_round, folds=len(parts)
             )
         }
 

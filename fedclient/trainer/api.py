@@ -171,6 +171,7 @@ class Context:
         version: version of the run's model that was loaded.
         limits: the bounds of each numeric setting at this site, where there are any: the class's and the owner's.
         measured: names of the settings that the run gave as "auto", and that are numbers now.
+        kept: as of `Site`: where a search notes what it tries; None: nothing outlasts the process.
         team: the processes that train together.
     """
 
@@ -188,6 +189,7 @@ class Context:
         max_steps: int = 0,
         limits: Mapping[str, Bounds] | None = None,
         measured: frozenset[str] = frozenset(),
+        kept: Path | None = None,
         report: Callable[[Progress], None] = lambda _: None,
         cancelled: Callable[[], bool] = lambda: False,
         team: Team | None = None,
@@ -203,11 +205,12 @@ class Context:
         self.version = version
         self._num_examples: int | None = None
         self._counted = False
-        self._share = Share()
+        self._share = self._expected = Share()
         self._in_parts = False
         self._saw: int | None = None
         self.limits = limits or {}
         self.measured = measured
+        self.kept = kept
         self._max_steps = max_steps
         self._report = report
         self._cancelled = cancelled
@@ -421,12 +424,14 @@ class Context:
     def expected_steps(self, steps: int, *, epoch: int = 0, examples: int = 0) -> int:
         """How many of `steps` the job's limits leave: for a schedule over the whole run, with `place`.
 
+        In `calibrate`, the limits of a training: those of the site, and those of the run if they are known by then.
+
         Args:
             steps: what the class would do.
             epoch: steps in a pass over the data.
             examples: in a step.
         """
-        share = self._share
+        share = self._expected
         limits = [steps, share.tightest("steps")]
         if epoch and (epochs := share.tightest("epochs")) is not None:
             limits.append(epochs * epoch)
@@ -483,8 +488,12 @@ class Context:
 
     def begin(self, share: Share) -> None:
         """The training begins now, under these limits."""
-        self._share = share
+        self._share = self._expected = share
         self._began = time.monotonic()
+
+    def expect(self, share: Share) -> None:
+        """A training under these limits is only measured for: they do not hold for the job itself."""
+        self._expected = share
 
     def take_counts(self) -> dict[str, Any]:
         """What a checkpoint holds of this object."""

@@ -3,8 +3,9 @@
     DIRECTORY/found.json      the newest findings, at most `KEPT`
     DIRECTORY/attempts.json   a search for the largest batch that is under way: what a process that is killed leaves
 
-A finding holds for one kind of training (workload, data, device, everything the run sets, the site's limits) from one
-starting model, whatever the run is called. In a run it also holds for later versions of the model.
+A finding holds for one kind of training (workload, device, code, everything the run sets, the site's limits) from one
+starting model on the same files, whatever the run is called. In a run it also holds for later versions of the model,
+and whatever becomes of the files.
 """
 
 from __future__ import annotations
@@ -24,8 +25,14 @@ from fedlink.tensors import Role
 
 KEPT = 64
 """Findings that are kept of a workload."""
-_ENTRY = {"run", "given", "kind", "model", "found"}
+DEATHS = 2
+"""How often a process has to end while a size is tried until that counts as too large: once may be a reboot."""
+_ENTRY = {"run", "given", "kind", "passing", "model", "found"}
 _FILE, _ATTEMPTS = "found.json", "attempts.json"
+
+
+class CannotMeasureError(ValueError):
+    """A setting cannot be measured at this site; the text says why and what to do, and quotes no data."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +48,14 @@ class Finding:
     """Whatever else it depends on, besides the model, as text."""
     model: str
     """`fingerprint` of the weights that it was measured with."""
+    passing: str = ""
+    """What else it depends on that may change while a run is under way, as text: files, rounds, what the run asks."""
 
     @property
     def key(self) -> dict[str, str]:
         """As it is kept."""
-        kind = hashlib.sha256(self.kind.encode()).hexdigest()
-        return {"run": self.run, "given": self.given, "kind": kind, "model": self.model}
+        kind, passing = (hashlib.sha256(text.encode()).hexdigest() for text in (self.kind, self.passing))
+        return {"run": self.run, "given": self.given, "kind": kind, "passing": passing, "model": self.model}
 
 
 class Found:
@@ -64,13 +73,13 @@ class Found:
 
         Args:
             finding: what for.
-            by_run: whether what this run began with will do, whatever has become of its weights since, and of settings
-                that were measured with it.
+            by_run: whether what this run began with will do, whatever has become of its weights since, of settings
+                that were measured with it, and of what is passing.
         """
         wanted = finding.key
         for entry in self._entries():
             same = {name for name, value in wanted.items() if entry[name] == value}
-            fits = same >= {"kind", "given", "model"} or (by_run and same >= {"kind", "run"})
+            fits = same >= {"kind", "given", "passing", "model"} or (by_run and same >= {"kind", "run"})
             if fits and set(finding.names) <= set(entry["found"]):
                 found: dict[str, float] = {name: entry["found"][name] for name in finding.names}
                 if same < set(wanted) and not by_run:
@@ -84,6 +93,17 @@ class Found:
         others = [e for e in self._entries() if {name: e[name] for name in key} != key]
         with contextlib.suppress(OSError):
             write_table(self._path, [key | {"found": dict(found)}, *others][:KEPT])
+
+    def lower(self, finding: Finding, name: str, most: float) -> bool:
+        """Let a setting be no higher than `most` in all that was found for trainings of a kind; whether one was."""
+        entries, kind = self._entries(), finding.key["kind"]
+        high = [e["found"] for e in entries if e["kind"] == kind and e["found"].get(name, most) > most]
+        for found in high:
+            found[name] = most
+        with contextlib.suppress(OSError):
+            write_table(self._path, entries)
+            return bool(high)
+        return False
 
     def _entries(self) -> list[dict[str, Any]]:
         entries = read_table(self._path)
@@ -103,30 +123,43 @@ class Attempts:
         self._path = directory / _ATTEMPTS if directory else None
         self._kind = hashlib.sha256(kind.encode()).hexdigest()
         found = read_table(self._path) if self._path else None
-        table = found if isinstance(found, dict) and found.get("kind") == self._kind else {"fits": 0, "fails": 0}
-        self.fits: int = table["fits"]
+        table = found if isinstance(found, dict) and found.get("kind") == self._kind else {}
+        self.fits: int = table.get("fits", 0)
         """The largest size that is known to fit; 0 if none is."""
-        self.fails: int = table["fails"]
-        """The least that is known not to; 0 if none is. What was being tried when the process ended is one."""
+        self.fails: int = table.get("fails", 0)
+        """The least that is known not to, or that `DEATHS` processes have ended with; 0 if none is."""
+        self._begun: int = table.get("begun", 0)
+        self._size: int = table.get("size", 0)
+        if self._begun >= DEATHS:
+            self.fails, self._begun = self._size, 0
 
     def trying(self, size: int) -> None:
         """Note a size before it is tried: if the process is killed for it, that is known the next time."""
-        self._write(self.fits, size)
+        self._begun = self._begun + 1 if size == self._size else 1
+        self._size = size
+        self._write()
 
     def tried(self, size: int, *, fits: bool) -> None:
         """Note how it went."""
         self.fits, self.fails = (max(size, self.fits), self.fails) if fits else (self.fits, size)
-        self._write(self.fits, self.fails)
+        self._begun = 0
+        self._write()
+
+    def broken_off(self) -> None:
+        """What was tried has ended by something else than its size: the process lives."""
+        self._begun = 0
+        self._write()
 
     def over(self) -> None:
         """The search has ended."""
         if self._path:
             self._path.unlink(missing_ok=True)
 
-    def _write(self, fits: int, fails: int) -> None:
+    def _write(self) -> None:
         if self._path:
+            table = {"fits": self.fits, "fails": self.fails, "size": self._size, "begun": self._begun}
             with contextlib.suppress(OSError):
-                write_table(self._path, {"kind": self._kind, "fits": fits, "fails": fails})
+                write_table(self._path, {"kind": self._kind} | table)
 
 
 def fingerprint(state: State, alive: Callable[[], None]) -> str:

@@ -16,6 +16,8 @@ _SHARE = 0.9
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _LARGE = 1 << 20
 _FIRST_TO_GO = "1000"
+_GROUP_FILES = ("memory.max", "memory.current", "inactive_file")
+_OLD_GROUP_FILES = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
 def peak_device_memory() -> int:
@@ -63,7 +65,7 @@ def within_free_memory(device: str, *, among: int = 1, ready: Callable[[], objec
         among: how many processes share what is free.
         ready: called when this one has seen how much that is.
     """
-    free = _free_memory() if device == "cpu" else None
+    free = free_memory() if device == "cpu" else None
     ready()
     if free is None:
         yield
@@ -94,14 +96,48 @@ def keep_whole() -> None:
         library.malloc_trim(0)
 
 
-def _free_memory() -> int | None:
-    """Bytes that may still be taken: of the machine, and of the control group; None where that cannot be known."""
+def free_memory(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes that may still be taken: of the machine, and of each control group that this process is in.
+
+    Args:
+        proc: where Linux tells of processes.
+        groups: where it tells of control groups, of either version.
+
+    Returns:
+        None where that cannot be known.
+    """
     with contextlib.suppress(OSError, ValueError, IndexError):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        lines = (proc / "meminfo").read_text(encoding="ascii").splitlines()
         free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
-        with contextlib.suppress(OSError, ValueError):
-            group = Path("/sys/fs/cgroup")
-            limit, used = ((group / name).read_text(encoding="ascii") for name in ("memory.max", "memory.current"))
-            free = min(free, int(limit) - int(used))
-        return max(free, 0)
+        return max(min([free, *_free_in_groups(proc, groups)]), 0)
     return None
+
+
+def _free_in_groups(proc: Path, groups: Path) -> Iterator[int]:
+    """What is left below each limit. It may be one of a group above: of a service, of a job, of a container."""
+    told = ""
+    with contextlib.suppress(OSError):
+        told = (proc / "self" / "cgroup").read_text(encoding="utf-8")
+    for line in told.splitlines():
+        _, controllers, place = line.split(":", 2)
+        if not controllers:
+            top, names = groups, _GROUP_FILES
+        elif "memory" in controllers.split(","):
+            top, names = groups / "memory", _OLD_GROUP_FILES
+        else:
+            continue
+        own = top / place.lstrip("/")
+        # A group outside of what is seen here is told by "..": only the top is known then.
+        for group in [top] if ".." in own.parts else [own, *(p for p in own.parents if p.is_relative_to(top))]:
+            # Most have no limit: a file is not there, or says "max".
+            with contextlib.suppress(OSError, ValueError):
+                limit, used = (int((group / name).read_text(encoding="ascii")) for name in names[:2])
+                yield limit - used + _let_go(group, names[2])
+
+
+def _let_go(group: Path, name: str) -> int:
+    """Bytes of files that were read and are not in use: these go before memory runs out."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.startswith(f"{name} "))
+    return 0

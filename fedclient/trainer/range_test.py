@@ -2,7 +2,8 @@
 
 The rule. From the run's starting weights the rate grows geometrically, one step a rate, over `SWEEP_STEPS` steps from
 `LOWEST` to `HIGHEST`, or between the limits of the setting. The loss of each step's batch is smoothed; the sweep ends
-early where the smoothed loss is not finite or `DIVERGED` times the least so far. The highest rate at which it was still
+early where the smoothed loss is not finite or `DIVERGED` times the least so far. (Of a loss below zero, so many times
+more is meant to be as far above it as of the positive one of that size.) The highest rate at which it was still
 within `NEAR` of the least is the edge: above it training does not gain any more. This is the range test of L. N. Smith,
 "Cyclical Learning Rates for Training Neural Networks" (2015, arXiv:1506.01186), and of "Super-Convergence" (with
 N. Topin, 2017, arXiv:1708.07120).
@@ -22,6 +23,7 @@ from contextlib import suppress
 from typing import Any
 
 from fedclient.trainer.api import Bounds, Context
+from fedclient.trainer.found import CannotMeasureError
 from fedclient.trainer.undone import starting_over
 
 SWEEP_STEPS = 60
@@ -60,8 +62,8 @@ def find_learning_rate(
 ) -> float:
     """The rate at which a short training leaves the least held-out loss; this module says how it is looked for.
 
-    Where there is nothing to choose (no rate is finite), the least one that was tried. The weights are the starting
-    ones again afterwards, bit for bit. The same model, data, seed and site give the same rate on the same machine.
+    The weights are the starting ones again afterwards, bit for bit. The same model, data, seed and site give the same
+    rate on the same machine.
 
     Args:
         model: what is trained, with the run's starting weights.
@@ -72,6 +74,9 @@ def find_learning_rate(
             By default `TRIAL_STEPS` times 1.
         folds: how often each rate is tried, each time on other examples and judged by others; the mean counts. More
             than one is for few examples, where chance would choose.
+
+    Raises:
+        CannotMeasureError: no trial ended with a finite loss.
     """
     bounds = ctx.limits.get("learning_rate", Bounds())
     low, high = max(bounds.minimum or 0.0, LOWEST), HIGHEST if bounds.maximum is None else bounds.maximum
@@ -94,7 +99,7 @@ def find_learning_rate(
             if quarters not in losses and low <= rate <= high:
                 losses[quarters] = sum(trial(rate, fold) for fold in range(folds)) / folds
         least = min(losses.values())
-        return min(quarters for quarters, loss in losses.items() if loss <= least * EQUAL)
+        return min(quarters for quarters, loss in losses.items() if loss <= _above(least, EQUAL))
 
     with ctx.team.training(model, ctx):
         with begin():
@@ -105,7 +110,14 @@ def find_learning_rate(
             if found == best:
                 break
             best = found
-        return _rounded(rate_at(best_of(best - 1, best + 1)), low, high)
+        best = best_of(best - 1, best + 1)
+        if not math.isfinite(losses[best]):
+            tried = f"{rate_at(min(losses)):.3g} to {rate_at(max(losses)):.3g}"
+            raise CannotMeasureError(
+                f"no learning rate could be measured: at each one tried, {tried}, the training or held-out loss was no "
+                "finite number in the end; look for such numbers in the model and the data, or set a rate"
+            )
+        return _rounded(rate_at(best), low, high)
 
 
 def _edge(ctx: Context, descend: Descend, low: float, high: float) -> float:
@@ -116,12 +128,18 @@ def _edge(ctx: Context, descend: Descend, low: float, high: float) -> float:
     for loss in _losses(ctx, descend(rates, 0), len(rates)):
         smoothed = _SMOOTHING * smoothed + (1 - _SMOOTHING) * loss
         weight = _SMOOTHING * weight + (1 - _SMOOTHING)
-        if not smoothed / weight <= DIVERGED * min(means, default=math.inf):
+        if not smoothed / weight <= _above(min(means, default=math.inf), DIVERGED):
             break
         means.append(smoothed / weight)
     # The first means are those of a few batches, and chance.
     settled = means[_SETTLED:] or means
-    return max((rate for rate, mean in zip(rates, means, strict=False) if mean <= NEAR * min(settled)), default=low)
+    near = _above(min(settled, default=math.inf), NEAR)
+    return max((rate for rate, mean in zip(rates, means, strict=False) if mean <= near), default=low)
+
+
+def _above(loss: float, times: float) -> float:
+    """So many times a loss; as far above one below zero."""
+    return loss * times if loss >= 0 else loss + (times - 1) * abs(loss)
 
 
 def _trained(ctx: Context, steps: Iterator[Any], count: int, held_out: Callable[[], float]) -> float:

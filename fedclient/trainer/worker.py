@@ -10,10 +10,8 @@ and whatever the user's code prints go to stderr and stdout, which are the site'
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import importlib
-import importlib.metadata
 import json
 import math
 import os
@@ -29,6 +27,7 @@ from typing import Any, NoReturn, Protocol
 
 from fedclient.trainer.api import Bounds, CancelledJob, Context, Site, Workload, derive_seed
 from fedclient.trainer.checkpoint import Checkpoints, CheckpointUnusable
+from fedclient.trainer.circumstances import data_files, surroundings, versions
 from fedclient.trainer.files import Loader, ModelDirectory, Shard, hand_over_update, write_model, write_update
 from fedclient.trainer.found import Finding, Found, fingerprint
 from fedclient.trainer.memory import free_device_memory, is_out_of_memory, keep_whole, peak_device_memory
@@ -62,6 +61,7 @@ from fedlink.memory import peak_memory
 _NOTHING = Result(0, 0, {}, 0.0)
 """What a rank has to tell of a job that another one speaks for."""
 _MAX_TEXT = 4000
+_BATCH = "batch_size"
 _ALIVE_EVERY = 0.5
 
 
@@ -114,6 +114,7 @@ class Worker:
         self._context = Context(settings=None)
         self._checkpoints: Checkpoints | None = None
         self._model: _Built | None = None
+        self._finding: Finding | None = None
 
     @property
     def main_thread(self) -> queue.SimpleQueue[Callable[[], None]] | None:
@@ -145,6 +146,8 @@ class Worker:
             if not self._workload.reuses_model:
                 self._drop_model()
             return result
+        if failure.reason is FailReason.OUT_OF_MEMORY:
+            self._back_off()
         self._workload.end_job(failed=True)
         # What failed half-way may be in any state: the next job builds anew.
         self._close_checkpoints()
@@ -152,6 +155,7 @@ class Worker:
         return replace(failure, memory_bytes=peak_memory())
 
     def _begin(self, job: Job) -> Result:
+        self._finding = None
         try:
             return self._run(job)
         except CheckpointUnusable as e:
@@ -189,7 +193,7 @@ class Worker:
         seed_everything(ctx.seed)
         began = time.monotonic()
         if _ability(job) == "train":
-            ctx.begin(Share(Limits.of(job.asked), Limits.of(job.share)))
+            ctx.begin(_share(job))
         gradient = self._compute(job, built)
         seconds = time.monotonic() - began + ctx.earlier_seconds
         examples = ctx.counted()
@@ -253,15 +257,19 @@ class Worker:
         may = left_open(self._schema, None)
         fixed = {name: value for name, value in job.settings.items() if name not in may}
         team = self._team
-        kind: list[Any] = [self._start.to_json() | {"kept": ""}, fixed, job.limits, _versions()]
+        given = {name: job.settings.get(name) for name in may}
+        start, here = self._start.to_json() | {"kept": ""}, surroundings(self._class, _devices(self._device)[0])
+        kind: list[Any] = [start, fixed, job.limits, job.share, here]
+        files = data_files(Path(self._start.directory), self._start.data, self._context.alive)
         if team.world_size > 1:
             kind.append([team.world_size, team.whole])
-        finding = Finding(
+        self._finding = finding = Finding(
             run=f"{job.run}/{job.client}",
             names=tuple(names),
-            given=json.dumps({name: job.settings.get(name) for name in may}),
+            given=json.dumps(given),
             kind=json.dumps(kind, sort_keys=True),
             model=fingerprint(built.state, self._context.alive),
+            passing=json.dumps([files, job.rounds, job.asked]),
         )
         kept = Found(Path(self._start.kept))
         by_run = job.kind is not JobKind.CALIBRATE
@@ -269,13 +277,24 @@ class Worker:
         if found is None:
             self._context.note(f"measures {', '.join(names)}")
             seed_everything(self._context.seed)
-            given = self._workload.calibrate(built.model, self._context)
-            found = team.told(check_found(self._schema, names, given, self._context.limits))
+            self._context.expect(_share(job))
+            measured = self._workload.calibrate(built.model, self._context)
+            found = team.told(check_found(self._schema, names, measured, self._context.limits))
             if not job.max_steps and not team.rank:
                 kept.put(finding, found)
         self._context.note("found " + ", ".join(f"{name} {value:g}" for name, value in found.items()))
         self._drop_model()
         return found
+
+    def _back_off(self) -> None:
+        """Memory ran out: if it was with a batch that was measured, the next attempt takes half of it."""
+        ctx, finding = self._context, self._finding
+        if finding is None or _BATCH not in ctx.measured:
+            return
+        size = int(getattr(ctx.settings, _BATCH))
+        less = max(size // 2, math.ceil(ctx.limits.get(_BATCH, Bounds()).minimum or 1))
+        if less < size and Found(Path(self._start.kept)).lower(finding, _BATCH, less):
+            self._say(f"memory ran out with the measured batch of {size}: from now on {less} are taken")
 
     def _alone(self, job: Job) -> Result:
         """What no model is trained for: the first rank does it, and speaks for all."""
@@ -332,7 +351,7 @@ class Worker:
         start = {name: value for name, value in self._start.to_json().items() if name != "kept"}
         late = {"rounds": job.rounds, "options": start["options"], "asked": job.asked, "share": job.share}
         news = {name for name, value in late.items() if not value}
-        owner = {name: table[name] for name in own} | start | {"device": "", "versions": _versions()}
+        owner = {name: table[name] for name in own} | start | {"device": "", "versions": versions(("numpy", "torch"))}
         owner = {name: value for name, value in owner.items() if name not in news}
         return Checkpoints(
             directory,
@@ -401,6 +420,7 @@ class Worker:
             version=job.version,
             max_steps=job.max_steps,
             measured=measured,
+            kept=Path(self._start.kept) if self._start.kept else None,
             limits={name: Bounds(*bounds) for name, bounds in job.limits.items()},
             report=self._report,
             cancelled=self._pipe.cancelled,
@@ -472,12 +492,8 @@ def failure_of(error: BaseException, step: int) -> Failure:
     return Failure(reason, type(error).__name__, step, peak_memory(), str(error)[:_MAX_TEXT])
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in ("numpy", "torch"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+def _share(job: Job) -> Share:
+    return Share(Limits.of(job.asked), Limits.of(job.share))
 
 
 def _ability(job: Job) -> str:

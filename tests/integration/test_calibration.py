@@ -164,6 +164,29 @@ def test_a_search_outlives_its_process_and_the_server(federation):
     assert federation.export("run@1")["w"].tolist() == [0.375] * 3
 
 
+def test_a_search_as_the_documentation_shows_it_goes_on_below_what_kills_its_process(federation):
+    federation.import_model("start", MODEL)
+    made = site(federation, "a", fits=3)
+    run(federation, clients=1, rounds=1, settings={"batch_size": "auto"})
+    federation.finish("run")
+    assert federation.run_state("run").measured[0].sites == {"a": 3}
+    assert (made.directory / "tried").read_text().split() == ["1", "2", "4", "4", "3"]
+    assert calls(made) == 3
+    assert alive(made.daemon.pid)
+
+
+def test_a_training_that_runs_out_of_memory_at_the_measured_batch_goes_on_with_less(federation):
+    federation.import_model("start", MODEL)
+    made = site(federation, "a", batch_size=9, room=4)
+    run(federation, clients=1, settings={"batch_size": "auto"})
+    federation.finish("run")
+    rounds = [federation.round("run", number).tasks for number in (1, 2)]
+    tasks = [[(t.attempt, t.metrics["loss"]) for t in tasks if t.kind == "train" and t.metrics] for tasks in rounds]
+    assert tasks == [[(2, 4)], [(1, 4)]]
+    assert "memory ran out with the measured batch of 9: from now on 4 are taken" in made.daemon.log.read_text()
+    assert calls(made) == 1
+
+
 def test_a_site_that_cannot_measure_is_told_so(federation):
     federation.import_model("start", MODEL)
     federation.site("old", "steady:Steady")

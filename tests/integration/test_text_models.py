@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fedclient.trainer.share import Limits, Share
 from fedclient.trainer.state import state_of
+from fedclient.trainer.text import calibrating
 from fedclient.trainer.text.finetuning import FineTuning
 from fedclient.trainer.text.pretrained import PretrainedError
 from fedclient.trainer.text.rows import DataError
@@ -58,6 +59,26 @@ def language(home: Path, **table: Any) -> FineTuning:
 
 def classifier(home: Path, **table: Any) -> FineTuning:
     return workload(home, "sequence_classification", model="bert", data=CLASSIFIER | table.pop("data", {}), **table)
+
+
+# --- What is measured
+
+
+def test_trials_are_as_long_as_the_sites_share_leaves_trainings(home: Path, monkeypatch: pytest.MonkeyPatch):
+    lengths = []
+
+    def find(*_: Any, schedule: list[float], **__: Any) -> float:
+        lengths.append(len(schedule))
+        return 0.1
+
+    monkeypatch.setattr(calibrating, "find_learning_rate", find)
+    found = language(home)
+    model = built(found)
+    for own, asked in ((Limits(), Limits()), (Limits(steps=3), Limits()), (Limits(steps=3), Limits(examples=4))):
+        ctx = job(found, learning_rate="auto", steps=20, batch_size=2)
+        ctx.expect(Share(asked, own))
+        found.calibrate(model, ctx)
+    assert lengths == [20, 3, 2]
 
 
 # --- What is loaded

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fedclient.trainer import Bounds, Context, find_batch_size, find_learning_rate, measured
-from fedclient.trainer.found import Attempts, Finding, Found, fingerprint
+from fedclient.trainer.found import Attempts, CannotMeasureError, Finding, Found, fingerprint
 from fedclient.trainer.largest_batch import CLOSE, NothingFitsError
 from fedclient.trainer.range_test import TRIAL_STEPS
 from fedclient.trainer.schema import SettingsError, check_found, parse_settings, settings_schema
@@ -62,6 +62,32 @@ def test_rate_stays_within_its_limits_and_the_weights_stay_what_they_were():
     rate = find_learning_rate(model, context(limits=limits), descend=descend, held_out=held_out)
     assert 0.01 <= rate <= 0.02
     assert model["w"].tobytes() == np.full(4, 3.0).tobytes()
+
+
+@pytest.mark.parametrize("curvature", [0.3, 3.0, 300.0])
+def test_a_loss_below_zero_gives_a_rate_as_good(curvature):
+    model, descend, held_out = quadratic(curvature)
+    start = float(curvature * 9 * 4 / 2)
+
+    def below(rates, fold):
+        for loss in descend(rates, fold):
+            yield loss - 1.5 * start
+
+    rate = find_learning_rate(
+        model, context(), descend=below, held_out=lambda fold: held_out(fold) - 1.5 * start, schedule=[1.0] * 3
+    )
+    # What is within 1 % of the least is wider here: 1.5 % of the loss that there was in the beginning.
+    assert 0.3 <= rate * curvature <= 1.6
+
+
+@pytest.mark.parametrize("where", ["training", "held-out"])
+def test_where_no_trial_is_finite_there_is_no_rate_but_the_reason(where):
+    def descend(rates, _fold):
+        for _ in rates:
+            yield float("nan") if where == "training" else 1.0
+
+    with pytest.raises(CannotMeasureError, match="no learning rate could be measured: at each one tried"):
+        find_learning_rate({"w": np.zeros(1)}, context(), descend=descend, held_out=lambda _: float("inf"))
 
 
 def network() -> torch.nn.Module:
@@ -167,7 +193,7 @@ def attempt(size):
     if size > 40:
         os.kill(os.getpid(), signal.SIGKILL)
 
-print(find_batch_size(Context(settings=Settings()), attempt, most=512, kept=Path({str(tmp_path)!r})))
+print(find_batch_size(Context(settings=Settings(), kept=Path({str(tmp_path)!r})), attempt, most=512))
 """
     outputs = []
     while not outputs or not outputs[-1]:
@@ -175,8 +201,8 @@ print(find_batch_size(Context(settings=Settings()), attempt, most=512, kept=Path
         assert done.returncode in (0, -9), done.stderr
         outputs.append(done.stdout.strip())
     tried = [int(line) for line in (tmp_path / "tried").read_text().split()]
-    assert tried[:7] == [1, 2, 4, 8, 16, 32, 64]
-    assert len(tried) == len(set(tried))
+    assert tried[:8] == [1, 2, 4, 8, 16, 32, 64, 64]
+    assert all(tried.count(size) == (1 if size <= 40 else 2) for size in tried)
     assert 36 < int(outputs[-1]) <= 40
     assert not (tmp_path / "attempts.json").exists()
 
@@ -234,6 +260,47 @@ def test_under_a_limit_of_memory_the_search_is_within_a_tenth_of_the_limit():
     assert limit / CLOSE <= found <= limit
 
 
+ACCUMULATED = """
+import resource, sys
+from dataclasses import replace
+from pathlib import Path
+import torch
+from tests.support.text_sites import built, job, workload
+from tests.support.tiny_models import reviews, save_bert, write_jsonl
+
+home = Path(sys.argv[1])
+torch.set_num_threads(1)
+# Its gradients are 128 MB, nearly all of them of a table whose gradient is the last that a backward pass makes.
+save_bert(home / "bert", max_position_embeddings=125_000, hidden_size=256)
+rows = [row | {"text": " ".join([row["text"]] * 12)} for row in reviews(512)]
+write_jsonl(home / "train.jsonl", rows)
+data = {"train": "train.jsonl", "labels": ["neg", "pos"], "max_length": 64}
+found = workload(home, "sequence_classification", model="bert", data=data, precision={"autocast": "float32"})
+ctx = job(found, batch_size="auto", effective_batch_size=512, steps=1, optimizer="sgd", weight_decay=0.0)
+assert found.train_corpus and len(found.train_weights) == 512
+model = built(found)
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (384 << 20), resource.RLIM_INFINITY))
+size = int(found.calibrate(model, ctx)["batch_size"])
+print(size, flush=True)
+ctx.measured, ctx.settings = frozenset(["batch_size"]), replace(ctx.settings, batch_size=size)
+found.train(model, ctx)
+print(ctx.step)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_size_found_trains_where_gradients_add_up_under_the_same_limit_of_memory(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", ACCUMULATED, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    size, steps = map(int, done.stdout.split())
+    assert 8 < size <= 256
+    assert steps == 1
+
+
 # --- What is kept
 
 
@@ -258,9 +325,35 @@ def test_findings_are_for_a_kind_and_a_model_or_for_a_run(tmp_path):
 def test_attempts_of_another_search_are_forgotten(tmp_path):
     attempts = Attempts(tmp_path, "one")
     attempts.tried(8, fits=True)
-    attempts.trying(16)
+    attempts.tried(16, fits=False)
     assert (Attempts(tmp_path, "one").fits, Attempts(tmp_path, "one").fails) == (8, 16)
     assert (Attempts(tmp_path, "two").fits, Attempts(tmp_path, "two").fails) == (0, 0)
+
+
+def test_a_size_is_too_large_once_two_processes_have_ended_with_it(tmp_path):
+    def ends_while_trying(size):
+        attempts = Attempts(tmp_path, "one")
+        before = attempts.fits, attempts.fails
+        attempts.trying(size)
+        return before
+
+    assert ends_while_trying(8) == (0, 0)
+    assert Attempts(tmp_path, "one").fails == 0
+    # It was a reboot: the size fits, and what comes next begins anew.
+    again = Attempts(tmp_path, "one")
+    again.trying(8)
+    again.tried(8, fits=True)
+    assert ends_while_trying(16) == (8, 0)
+    assert ends_while_trying(16) == (8, 0)
+    assert ends_while_trying(12) == (8, 16)
+    assert ends_while_trying(12) == (8, 16)
+    assert (Attempts(tmp_path, "one").fits, Attempts(tmp_path, "one").fails) == (8, 12)
+    again = Attempts(tmp_path, "one")
+    again.trying(9)
+    # A job that was cancelled, or an error, is no death.
+    again.broken_off()
+    again.trying(9)
+    assert Attempts(tmp_path, "one").fails == 12
 
 
 def test_fingerprint_is_of_values_and_names():

@@ -55,18 +55,20 @@ class Calibration:
 
     def _batch_size(self, settings: FineTuningSettings) -> int:
         order = in_order_of_length(self._corpus, len(self._corpus))[0]
+        most = min(settings.effective_batch(measured=True), len(self._corpus))
 
         def attempt(size: int) -> None:
+            # Where gradients add up, a later forward pass has those of the earlier ones beside it.
+            passes = 1 if size == most else 2
             # At a rate of 0 no weight moves.
             optimizer = optimizers.make_optimizer(self._model, replace(settings, learning_rate=0.0))
             try:
                 for _ in range(2):
-                    self._step(optimizer, [order[:size]], settings)
+                    self._step(optimizer, [order[:size]] * passes, settings)
             finally:
                 self._model.zero_grad(set_to_none=True)
 
-        most = min(settings.effective_batch(measured=True), len(self._corpus))
-        return find_batch_size(self._ctx, attempt, most=most, kept=self._workload.site.kept)
+        return find_batch_size(self._ctx, attempt, most=most)
 
     def _learning_rate(self, settings: FineTuningSettings) -> float:
         order = self._ctx.rng(1).permutation(len(self._corpus)).astype(np.int64)
@@ -90,7 +92,9 @@ class Calibration:
             return self._measured(parts[fold][0], size)
 
         epoch = Steps(len(self._corpus), size, 1, self._ctx.rng(), effective)
-        in_round = settings.steps or settings.epochs * len(epoch)
+        in_round = self._ctx.expected_steps(
+            settings.steps or settings.epochs * len(epoch), epoch=len(epoch), examples=effective
+        )
         trial = min(TRIAL_STEPS, in_round * max(1, self._ctx.rounds))
         shape = schedules.Schedule(settings.schedule, 1.0, trial, settings.warmup, settings.floor)
         shares = [shape.rate(step) for step in range(trial)]

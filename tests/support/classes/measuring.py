@@ -1,12 +1,14 @@
 """A workload without torch that measures two of its settings, as a test's file next to site.toml says.
 
 `measure.json` beside site.toml: {"learning_rate": ..., "batch_size": ..., "die": times to kill the process first,
-"after": a file to wait for}.
+"after": a file to wait for}. With "steps" the rate is 1 by the steps that a training has. With "fits" it searches for
+the batch, and a larger one kills the process. With "room" a training with a larger one runs out of memory.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import time
@@ -16,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from fedclient.trainer import Bounds, Context, Workload, measured
+from fedclient.trainer import Bounds, Context, Workload, find_batch_size, measured
 
 
 class Measuring(Workload):
@@ -33,7 +35,10 @@ class Measuring(Workload):
         return {"w": np.zeros(3, np.float32)}
 
     def train(self, model: dict[str, Any], ctx: Context) -> None:
+        table = json.loads((self.site.directory / "measure.json").read_text())
         for _ in ctx.steps(1):
+            if measured(ctx.settings.batch_size) > table.get("room", math.inf):
+                raise MemoryError
             model["w"] += np.float32(measured(ctx.settings.learning_rate))
         ctx.log(loss=measured(ctx.settings.batch_size))
         ctx.num_examples = 1
@@ -51,4 +56,17 @@ class Measuring(Workload):
             ctx.alive()
             time.sleep(0.05)
         model["w"] += 1
+        if "steps" in table:
+            table["learning_rate"] = 1 / ctx.expected_steps(table["steps"])
+            for _ in ctx.steps(table["steps"]):
+                pass
+            assert ctx.step == table["steps"], "limits are of trainings"
+        if "fits" in table:
+            table["batch_size"] = find_batch_size(ctx, lambda size: self.attempt(size, table["fits"]), most=64)
         return {name: table[name] for name in ("learning_rate", "batch_size") if getattr(ctx.settings, name) == "auto"}
+
+    def attempt(self, size: int, fits: int) -> None:
+        with (self.site.directory / "tried").open("a") as file:
+            print(size, file=file)
+        if size > fits:
+            os.kill(os.getpid(), signal.SIGKILL)

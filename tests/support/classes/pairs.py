@@ -103,7 +103,7 @@ class Pairs(Workload):
 
         found = {}
         if ctx.settings.batch_size == "auto":
-            found["batch_size"] = find_batch_size(ctx, attempt, most=32, kept=self.site.kept)
+            found["batch_size"] = find_batch_size(ctx, attempt, most=32)
         if ctx.settings.learning_rate == "auto":
             found["learning_rate"] = find_learning_rate(
                 model, ctx, descend=descend, held_out=held_out, schedule=[1] * 4
