@@ -25,6 +25,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fedclient.trainer.places import Places
 from fedclient.trainer.team import SOCKET, STRATEGY, python_command, to_line
 from fedclient.trainer.wire import MAX_LINE, FailReason, Failure
 
@@ -47,8 +48,9 @@ class Watch:
         self._stall_after = stall_after
         self._lock = threading.Lock()
         self._told: queue.Queue[Failure] = queue.Queue()
-        self._ranks: dict[int, tuple[int, int, float]] = {}
-        """Of each rank: the meeting it has come to, its step, and when."""
+        self._places = Places()
+        self._first: socket.socket | None = None
+        """The connection to rank 0."""
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(path)
         self._listener.listen()
@@ -68,7 +70,7 @@ class Watch:
 
     def died(self, rank: int, code: int) -> None:
         """A rank's process is gone, by itself: one that has something to say waits to be ended."""
-        step = self._ranks.get(rank, (0, 0, 0.0))[1]
+        step = self._places.step(rank)
         ended = f"by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"with exit code {code}"
         text = f"rank {rank} of the trainer's processes ended {ended}, step {step}"
         self.end(Failure(FailReason.CRASHED, text=text, exit_code=code, step=step))
@@ -85,17 +87,28 @@ class Watch:
                 message: Mapping[str, Any] = json.loads(line)
                 if message["type"] == "rank":
                     rank = int(message["rank"])
-                    self._ranks[rank] = 0, 0, time.monotonic()
+                    self._places.idle(rank)
                     if rank == 0 and self._pipe is not None:
                         socket.send_fds(connection, [b"\n"], [self._pipe])
+                        self._first = connection
                     else:
                         connection.sendall(b"\n")
                 elif message["type"] == "at":
-                    self._ranks[rank] = message["meeting"], message["step"], time.monotonic()
+                    self._places.at(rank, message["job"], message["meeting"], message["step"])
                 elif message["type"] == "idle":
-                    self._ranks[rank] = 0, 0, time.monotonic()
+                    self._places.idle(rank)
+                elif message["type"] == "alive":
+                    self._places.alive(rank)
+                    self._relay(rank)
                 else:
                     self._told.put(Failure.from_json(message))
+
+    def _relay(self, rank: int) -> None:
+        """Let the daemon hear, through rank 0, that another rank is at work that rank 0 may be waiting for."""
+        if rank and self._first is not None:
+            # A rank 0 that is stopped reads nothing, and is not to be waited for.
+            with contextlib.suppress(OSError):
+                self._first.send(b"\n", socket.MSG_DONTWAIT)
 
     def _follow(self) -> None:
         failure = self._told.get()
@@ -106,11 +119,9 @@ class Watch:
     def _find_stalled(self) -> None:
         while self._stall_after:
             time.sleep(min(1.0, self._stall_after / 20))
-            ranks = dict(self._ranks)
-            furthest, step, since = max(ranks.values(), default=(0, 0, 0.0))
-            behind = sorted(rank for rank, (meeting, *_) in ranks.items() if meeting < furthest)
             # A little before the daemon, which would not know which of them it is.
-            if behind and time.monotonic() - since > 0.9 * self._stall_after:
+            behind, step = self._places.stalled(0.9 * self._stall_after)
+            if behind:
                 who = "rank " + " and ".join(map(str, behind))
                 text = (
                     f"{who} of the trainer's processes made no progress for {self._stall_after:g} s while the others "

@@ -235,6 +235,23 @@ async def test_a_process_that_hangs_or_raises_fails_the_job_by_name(
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("rank", [0, 1])
+async def test_a_process_that_others_wait_for_long_is_let_be_as_long_as_it_is_alive(tmp_path: Path, rank: int):
+    # Importing torch counts, too, which takes its time on a busy machine.
+    data = {"seconds": 40.0, "rank": rank, "update": rank == 0}
+    several = {"processes": 2, "strategy": "ddp"}
+    site = make_site(tmp_path / "site", "lingering:Lingering", data=data, distributed=several, stall_after=30.0)
+    trainer = make_trainer(site)
+    try:
+        model = await init(trainer, tmp_path / "model")
+        result = await train(trainer, model, tmp_path / "out")
+        assert result.steps == 10
+    finally:
+        await trainer.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 async def test_processes_of_two_nodes_train_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     with socket.create_server(("127.0.0.1", 0)) as taken:
