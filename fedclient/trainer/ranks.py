@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -39,6 +39,10 @@ from fedclient.trainer.without_values import WithoutValues
 _FOREVER = timedelta(days=365)
 """Jobs may be far between; whether a rank hangs is for the daemon to say."""
 _PR_SET_PDEATHSIG = 1
+
+
+class CannotPlaceError(RuntimeError):
+    """The device is none for so many processes; the text says what to do."""
 
 
 class Ranks(Team):
@@ -176,7 +180,7 @@ class Ranks(Team):
         if not isinstance(model, torch.nn.Module):
             raise TypeError(
                 f"[distributed] of site.toml trains torch modules; build_model returned a {type(model).__name__}: "
-                "say processes = 1"
+                "leave it out"
             )
         return Replicas(model, self, ctx) if self.whole else Shards(model, self, ctx)
 
@@ -185,25 +189,40 @@ class Ranks(Team):
         return nullcontext() if self.whole or frozen_base else WithoutValues()
 
     def laid_out(
-        self, model: object, names: Mapping[str, str], *, frozen_base: bool, device: str
+        self,
+        model: object,
+        names: Mapping[str, str],
+        *,
+        frozen_base: bool,
+        device: str,
+        say: Callable[[str], None],
     ) -> tuple[State, OwnBase]:
         """See `Team`."""
         if self.whole or not isinstance(model, torch.nn.Module):
-            return super().laid_out(model, names, frozen_base=frozen_base, device=device)
+            return super().laid_out(model, names, frozen_base=frozen_base, device=device, say=say)
         base = OwnBase(TorchState(model, names, frozen_base=frozen_base)) if frozen_base else None
         if base:
             base.tensors(lambda: None)
-        shard(model, self.world_size, device)
+        if not shard(model, self.world_size, device) and self.rank == 0:
+            say(
+                f"{type(model).__name__} has no parts that could be gathered one at a time, so each forward pass has "
+                "it whole in every process: let its blocks be members of a ModuleList or Sequential, or name their "
+                "classes in _no_split_modules of the model"
+            )
         state = ShardedState(model, names, self, frozen_base=frozen_base)
         return state, base.moved_to(state) if base else OwnBase(state)
 
     def place(self, device: str) -> str:
         """See `Team`: a GPU of its own for each rank of a machine."""
         kind = device.partition(":")[0]
+        if kind == "mps":
+            raise CannotPlaceError(
+                'device mps is for one process alone: leave [distributed] out of site.toml, or say devices = ["cpu"]'
+            )
         if kind not in NUMBERED:
             return device
         if self._local_rank >= (count := torch.accelerator.device_count()):
-            raise RuntimeError(f"[distributed] of site.toml wants a GPU for each process, and there are {count}")
+            raise CannotPlaceError(f"[distributed] of site.toml wants a GPU for each process, and there are {count}")
         torch.accelerator.set_device_index(self._local_rank)
         return f"{kind}:{self._local_rank}"
 
@@ -299,7 +318,7 @@ def join() -> tuple[Ranks, TeamPipe]:
     home = Path(os.environ.pop(SOCKET)).parent
     launcher = socket.socket(socket.AF_UNIX)
     launcher.connect(_reachable(home / "socket"))
-    launcher.sendall(to_line({"type": "rank", "rank": rank}))
+    launcher.sendall(to_line({"type": "rank", "rank": rank, "pid": os.getpid()}))
     _, fds, _, _ = socket.recv_fds(launcher, 1, 1)
     heard = _Heard()
     threading.Thread(target=_end_with, args=(launcher, heard), name="fedclient-launcher", daemon=True).start()

@@ -33,8 +33,10 @@ class Rank(Protocol):
     weight: float
 
 
-def shard(model: torch.nn.Module, world_size: int, device: str) -> None:
+def shard(model: torch.nn.Module, world_size: int, device: str) -> int:
     """Cut a model up, in place: each block by itself, so that no more than one is whole at a time.
+
+    Returns how many blocks it has: none means that it is whole at each forward pass.
 
     Args:
         model: as built, with or without values.
@@ -42,7 +44,8 @@ def shard(model: torch.nn.Module, world_size: int, device: str) -> None:
         device: where this rank's share goes.
     """
     mesh = init_device_mesh(device.partition(":")[0], (world_size,))
-    for block in blocks(model):
+    parts = blocks(model)
+    for block in parts:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     made: dict[int, torch.nn.Parameter] = {}
@@ -53,6 +56,7 @@ def shard(model: torch.nn.Module, world_size: int, device: str) -> None:
                     values = torch.empty_like(parameter, device=device)
                     made[id(parameter)] = torch.nn.Parameter(values, requires_grad=parameter.requires_grad)
                 setattr(module, name, made[id(parameter)])
+    return len(parts)
 
 
 def blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
