@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from fedclient.trainer.memory import keep_whole
 from fedclient.trainer.replicas import Job, OwnDraws
 from fedclient.trainer.state import WINDOW, Fill
 from fedclient.trainer.torch_state import TorchState, encode, fill_tensor
@@ -44,6 +45,9 @@ def shard(model: torch.nn.Module, world_size: int, device: str) -> int:
         device: where this rank's share goes.
     """
     mesh = init_device_mesh(device.partition(":")[0], (world_size,))
+    if device == "cpu":
+        # Else the C library keeps what was gathered once, and the whole model and more is held in the end.
+        keep_whole()
     parts = blocks(model)
     for block in parts:
         fully_shard(block, mesh=mesh)
