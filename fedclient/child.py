@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from fedclient.trainer.descent import kill_descendants
 from fedclient.trainer.wire import MAX_LINE
 from fedlink.errors import FedlinkError, Reason
 
@@ -142,7 +143,8 @@ class Child:
         if self._reader.at_eof():
             await asyncio.wait([self._reaped], timeout=_DRAIN)
         if self._process.returncode is None:
-            _kill_group(self._process.pid)
+            # Those that lead groups of their own, as each of several processes does, end in no other way.
+            kill_descendants(self._process.pid, also=[self._process.pid])
         return await asyncio.shield(self._reaped)
 
     async def _reap(self) -> int:

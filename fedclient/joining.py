@@ -8,19 +8,26 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from fedclient.launch import link_packages, trainer_environment, trainer_program
 from fedclient.settings import SiteSettings
+from fedclient.trainer.descent import kill_descendants
 from fedlink.errors import FedlinkError, Reason
 
 _AGAIN_AFTER = 2.0
 
 
 def join(site: SiteSettings, workload: str, node: int) -> None:
-    """Train along with the first machine, until this process is ended.
+    """Train along with the first machine, until a signal.
+
+    The first SIGTERM or SIGINT lets the processes here go on until the first machine's end, so that it can hand its
+    work back; if there are none, or at the second, it ends at once.
 
     Args:
         site: the site's settings, the same as at the first machine.
@@ -43,10 +50,63 @@ def join(site: SiteSettings, workload: str, node: int) -> None:
     python = site.interpreter(workload)
     command = [str(python), *trainer_program(offer, workload, site.devices[0], home, node=node)]
     env = trainer_environment(os.environ, python, link_packages(home / "python"))
-    # An exception ends the processes here, too.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    until = _Signals()
     while True:
         # It ends whenever a process of the training does, wherever that was.
-        code = subprocess.run(command, cwd=site.directory, env=env, check=False).returncode  # noqa: S603 - our own
-        print(f"fedclient: the processes here ended ({code}); they begin anew", file=sys.stderr, flush=True)  # noqa: T201
+        code = _launched(command, env, site.directory, until)
+        if until.asked:
+            return
+        _say(f"the processes here ended ({code}); they begin anew")
         time.sleep(_AGAIN_AFTER)
+
+
+class _Signals:
+    """What the signals that end this process do.
+
+    Attributes:
+        asked: whether there was one.
+        launcher: the pipe to the launcher, which says by a byte that its processes are there.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.launcher: socket.socket | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        if self.asked:
+            sys.exit(128 + number)
+        self.asked = True
+        if not self._trains():
+            sys.exit(0)
+        _say("the processes here go on until the first machine ends them; a second signal ends them at once")
+
+    def _trains(self) -> bool:
+        try:
+            return self.launcher is not None and bool(self.launcher.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK))
+        except BlockingIOError:
+            return False
+
+
+def _launched(command: Sequence[str], env: Mapping[str, str], directory: Path, until: _Signals) -> int:
+    ours, theirs = socket.socketpair()
+    fd = theirs.fileno()
+    # A session of its own: the terminal's Ctrl-C is for this process.
+    process = subprocess.Popen(  # noqa: S603 - our own
+        [*command, str(fd)], cwd=directory, env=env, pass_fds=[fd], start_new_session=True
+    )
+    theirs.close()
+    try:
+        until.launcher = ours
+        return process.wait()
+    finally:
+        until.launcher = None
+        if process.returncode is None:
+            kill_descendants(process.pid, also=[process.pid])
+            process.wait()
+        ours.close()
+
+
+def _say(text: str) -> None:
+    print(f"fedclient: {text}", file=sys.stderr, flush=True)  # noqa: T201

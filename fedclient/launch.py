@@ -54,7 +54,14 @@ _NO_ROOM = tuple(f"[Errno {number}]" for number in DISK_REFUSES)
 _PASSING = (FailReason.OUT_OF_MEMORY, FailReason.CRASHED, FailReason.STALLED)
 """What another attempt may be spared."""
 _QUOTES_NOTHING = frozenset(
-    {"CannotCompileError", "CannotMeasureError", "DataError", "LimitUncountedError", "PretrainedError"}
+    {
+        "CannotCompileError",
+        "CannotMeasureError",
+        "CannotPlaceError",
+        "DataError",
+        "LimitUncountedError",
+        "PretrainedError",
+    }
 )
 CANCEL_GRACE = 10.0
 """Seconds a job has to stop by itself when it is cancelled."""

@@ -53,7 +53,12 @@ class DistributedSettings(Config):
     @property
     def alone(self) -> bool:
         """Whether one process trains, as without this table."""
-        return self.processes == 1 and self.nodes == 1
+        return self.processes == 1 and self.nodes == 1 and self.strategy == "ddp"
+
+    @property
+    def may_be_alone(self) -> bool:
+        """Whether one process may train, where the device is one for no more."""
+        return self.processes in (1, "auto") and self.nodes == 1 and self.strategy == "ddp"
 
 
 class WorkloadSettings(Config):
@@ -115,8 +120,8 @@ class WorkloadSettings(Config):
             raise ValueError("args are for a script: trainer names none")
         if self.script and self.distributed and not self.distributed.alone:
             raise ValueError(
-                "[distributed] is not for a script, which trains by itself in one process: say processes = 1, or make "
-                "a class of it"
+                "[distributed] is not for a script, which trains by itself in one process: leave the table out, or "
+                "make a class of it"
             )
         return self
 
@@ -243,6 +248,12 @@ class SiteSettings(Config):
             raise ValueError(
                 f'devices: [workload.{several[0]}.distributed] gives each process a GPU of its own: say "auto", '
                 "and choose among GPUs by CUDA_VISIBLE_DEVICES"
+            )
+        shared = [n for n, w in self.workload.items() if w.distributed and not w.distributed.may_be_alone]
+        if shared and "mps" in self.devices:
+            raise ValueError(
+                f'devices: [workload.{shared[0]}.distributed] trains with several processes, and "mps" is for one '
+                'alone: say devices = ["cpu"], or leave the table out'
             )
         return self
 

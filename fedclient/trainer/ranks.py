@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -41,6 +41,10 @@ _FOREVER = timedelta(days=365)
 _PR_SET_PDEATHSIG = 1
 
 
+class CannotPlaceError(RuntimeError):
+    """The device is none for so many processes; the text says what to do."""
+
+
 class Ranks(Team):
     """This process among several.
 
@@ -57,7 +61,7 @@ class Ranks(Team):
         self._local_rank = local_rank
         self._pipe: TeamPipe | None = None
         self.beside = int(os.environ["LOCAL_WORLD_SIZE"])
-        self._meetings = self._step = 0
+        self._jobs = self._meetings = self._step = 0
         self._seconds = 0.0
         self._group = dist.new_group(backend="gloo", timeout=_FOREVER)
 
@@ -76,6 +80,7 @@ class Ranks(Team):
         """See `Team`: it hears of a cancel at once."""
         if self._pipe is not None:
             self._pipe.alone = True
+        self.idle()
 
     def all_true(self, mine: bool) -> bool:
         """Whether it is so at every rank."""
@@ -117,13 +122,25 @@ class Ranks(Team):
     def meet(self) -> None:
         """Say to the launcher that this rank waits for the others: who has not come yet may hang."""
         self._meetings += 1
-        self._say({"type": "at", "meeting": self._meetings, "step": self._step})
+        self._at()
 
     def idle(self) -> None:
-        """A job is over: waiting for the next one is no hang."""
+        """Say to the launcher that this rank's part of a job is over: waiting for the next one is no hang."""
+        self._say({"type": "idle"})
+
+    def begin(self) -> None:
+        """A job begins."""
+        self._jobs += 1
         self._meetings = self._step = 0
         self._seconds = 0.0
-        self._say({"type": "idle"})
+        self._at()
+
+    def alive(self) -> None:
+        """Say to the launcher that this rank is at work, however long the others wait for it."""
+        self._say({"type": "alive"})
+
+    def _at(self) -> None:
+        self._say({"type": "at", "job": self._jobs, "meeting": self._meetings, "step": self._step})
 
     def share(self, batch: Any) -> Share:
         """See `Team`."""
@@ -163,7 +180,7 @@ class Ranks(Team):
         if not isinstance(model, torch.nn.Module):
             raise TypeError(
                 f"[distributed] of site.toml trains torch modules; build_model returned a {type(model).__name__}: "
-                "say processes = 1"
+                "leave it out"
             )
         return Replicas(model, self, ctx) if self.whole else Shards(model, self, ctx)
 
@@ -172,25 +189,40 @@ class Ranks(Team):
         return nullcontext() if self.whole or frozen_base else WithoutValues()
 
     def laid_out(
-        self, model: object, names: Mapping[str, str], *, frozen_base: bool, device: str
+        self,
+        model: object,
+        names: Mapping[str, str],
+        *,
+        frozen_base: bool,
+        device: str,
+        say: Callable[[str], None],
     ) -> tuple[State, OwnBase]:
         """See `Team`."""
         if self.whole or not isinstance(model, torch.nn.Module):
-            return super().laid_out(model, names, frozen_base=frozen_base, device=device)
+            return super().laid_out(model, names, frozen_base=frozen_base, device=device, say=say)
         base = OwnBase(TorchState(model, names, frozen_base=frozen_base)) if frozen_base else None
         if base:
             base.tensors(lambda: None)
-        shard(model, self.world_size, device)
+        if not shard(model, self.world_size, device) and self.rank == 0:
+            say(
+                f"{type(model).__name__} has no parts that could be gathered one at a time, so each forward pass has "
+                "it whole in every process: let its blocks be members of a ModuleList or Sequential, or name their "
+                "classes in _no_split_modules of the model"
+            )
         state = ShardedState(model, names, self, frozen_base=frozen_base)
         return state, base.moved_to(state) if base else OwnBase(state)
 
     def place(self, device: str) -> str:
         """See `Team`: a GPU of its own for each rank of a machine."""
         kind = device.partition(":")[0]
+        if kind == "mps":
+            raise CannotPlaceError(
+                'device mps is for one process alone: leave [distributed] out of site.toml, or say devices = ["cpu"]'
+            )
         if kind not in NUMBERED:
             return device
         if self._local_rank >= (count := torch.accelerator.device_count()):
-            raise RuntimeError(f"[distributed] of site.toml wants a GPU for each process, and there are {count}")
+            raise CannotPlaceError(f"[distributed] of site.toml wants a GPU for each process, and there are {count}")
         torch.accelerator.set_device_index(self._local_rank)
         return f"{kind}:{self._local_rank}"
 
@@ -222,6 +254,9 @@ class TeamPipe:
         self._ranks = ranks
         self._pipe = pipe
         self._cancelled = False
+        self._telling = threading.Lock()
+        self._progress: Mapping[str, Any] | None = None
+        """What was last told of the job under way."""
         self.alone = False
         """Whether nothing is to be agreed on until the next job."""
 
@@ -231,6 +266,7 @@ class TeamPipe:
         self.alone = False
         message: dict[str, Any] = self._ranks.told(self._pipe.receive() if self._pipe else None)
         self._cancelled = False
+        self._ranks.begin()
         return message
 
     def shard(self, wait: float) -> str | None:
@@ -258,8 +294,19 @@ class TeamPipe:
         """See `Pipe`; a failure is the launcher's to tell."""
         if kind == "failed" and table["reason"] != "cancelled":
             self._ranks.fail(Failure.from_json(table))
+        # Those who wait for this one learn in this way that it is at work.
+        self._ranks.alive()
         if self._pipe:
-            self._pipe.send(kind, table)
+            with self._telling:
+                if kind != "wrote":
+                    self._progress = {**table, "note": ""} if kind == "progress" else None
+                self._pipe.send(kind, table)
+
+    def relay(self) -> None:
+        """Another rank is at work, which this one may be waiting for: the daemon hears of it as of this one's own."""
+        with self._telling:
+            if self._pipe and self._progress is not None:
+                self._pipe.send("progress", self._progress)
 
 
 def join() -> tuple[Ranks, TeamPipe]:
@@ -271,9 +318,10 @@ def join() -> tuple[Ranks, TeamPipe]:
     home = Path(os.environ.pop(SOCKET)).parent
     launcher = socket.socket(socket.AF_UNIX)
     launcher.connect(_reachable(home / "socket"))
-    launcher.sendall(to_line({"type": "rank", "rank": rank}))
+    launcher.sendall(to_line({"type": "rank", "rank": rank, "pid": os.getpid()}))
     _, fds, _, _ = socket.recv_fds(launcher, 1, 1)
-    threading.Thread(target=_end_with, args=(launcher,), name="fedclient-launcher", daemon=True).start()
+    heard = _Heard()
+    threading.Thread(target=_end_with, args=(launcher, heard), name="fedclient-launcher", daemon=True).start()
     kind = best_device().partition(":")[0]
     backend = f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}" if kind in NUMBERED else "gloo"
     if int(os.environ["LOCAL_WORLD_SIZE"]) == world_size:
@@ -284,6 +332,7 @@ def join() -> tuple[Ranks, TeamPipe]:
     ranks = Ranks(launcher, int(os.environ["LOCAL_RANK"]))
     pipe = TeamPipe(ranks, Pipe(fds[0]) if fds else None)
     ranks.use(pipe)
+    heard.pipe = pipe
     return ranks, pipe
 
 
@@ -293,9 +342,16 @@ def _reachable(path: Path) -> str:
     return short(path)
 
 
-def _end_with(launcher: socket.socket) -> None:
+class _Heard:
+    """Who is told of other ranks' signs of life, once there is somebody."""
+
+    pipe: TeamPipe | None = None
+
+
+def _end_with(launcher: socket.socket, heard: _Heard) -> None:
     while launcher.recv(1):
-        pass
+        if heard.pipe is not None:
+            heard.pipe.relay()
     end_group()
 
 

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from fedclient.trainer.memory import keep_whole
 from fedclient.trainer.replicas import Job, OwnDraws
 from fedclient.trainer.state import WINDOW, Fill
 from fedclient.trainer.torch_state import TorchState, encode, fill_tensor
@@ -33,8 +34,10 @@ class Rank(Protocol):
     weight: float
 
 
-def shard(model: torch.nn.Module, world_size: int, device: str) -> None:
+def shard(model: torch.nn.Module, world_size: int, device: str) -> int:
     """Cut a model up, in place: each block by itself, so that no more than one is whole at a time.
+
+    Returns how many blocks it has: none means that it is whole at each forward pass.
 
     Args:
         model: as built, with or without values.
@@ -42,7 +45,11 @@ def shard(model: torch.nn.Module, world_size: int, device: str) -> None:
         device: where this rank's share goes.
     """
     mesh = init_device_mesh(device.partition(":")[0], (world_size,))
-    for block in blocks(model):
+    if device == "cpu":
+        # Else the C library keeps what was gathered once, and the whole model and more is held in the end.
+        keep_whole()
+    parts = blocks(model)
+    for block in parts:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     made: dict[int, torch.nn.Parameter] = {}
@@ -53,6 +60,7 @@ def shard(model: torch.nn.Module, world_size: int, device: str) -> None:
                     values = torch.empty_like(parameter, device=device)
                     made[id(parameter)] = torch.nn.Parameter(values, requires_grad=parameter.requires_grad)
                 setattr(module, name, made[id(parameter)])
+    return len(parts)
 
 
 def blocks(model: torch.nn.Module) -> list[torch.nn.Module]:

@@ -128,8 +128,16 @@ class Team:
         *,
         frozen_base: bool,
         device: str,  # noqa: ARG002 - for shares of a model
+        say: Callable[[str], None],  # noqa: ARG002 - for shares of a model
     ) -> tuple[State, OwnBase]:
         """A model's tensors and its base, each rank holding of them what it is to hold.
+
+        Args:
+            model: as the class built it.
+            names: other names under which its tensors travel.
+            frozen_base: whether the class has one.
+            device: where it goes.
+            say: tells the site's owner what is worth knowing.
 
         Raises:
             ModelMismatchError: see `state_of`.

@@ -400,7 +400,7 @@ class Worker:
             with team.building(frozen_base=workload.frozen_base):
                 model = workload.build_model()
             names, frozen_base = workload.tensor_names(model), workload.frozen_base
-            state, base = team.laid_out(model, names, frozen_base=frozen_base, device=self._device)
+            state, base = team.laid_out(model, names, frozen_base=frozen_base, device=self._device, say=self._say)
             self._model = held = _Built(seed, model, state, Loader(state), base, team.whole)
         return held
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
 import socket
 import subprocess
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from fedclient.launch import FailReason, Job, JobKind, Trainer, TrainerFailed, Write
 from fedclient.settings import SiteSettings, load_site
-from tests.support.federation import program, until
+from tests.support.federation import alive, program, until
 from tests.support.interrupted import ALWAYS
 from tests.support.tiny_models import reviews, save_bert, save_llama, write_jsonl
 from tests.support.trainers import arrays, describe_model, evaluate, ignore, init, make_site, make_trainer, train
@@ -25,6 +26,8 @@ TOLERANCE = 2e-5
 """Between updates of one and of several processes, for numbers of 0.01 to 1: sums of float32 in another order."""
 
 BLOCKS = 24
+WHOLE = 4
+"""Blocks that are whole at once in a step: weights of this one and the next, and a gradient, which is also sent."""
 
 
 @pytest.fixture(autouse=True)
@@ -235,6 +238,60 @@ async def test_a_process_that_hangs_or_raises_fails_the_job_by_name(
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("trouble", ["child", "orphan"])
+async def test_what_a_process_started_ends_with_it(tmp_path: Path, trouble: str):
+    """In a session of its own, of a job that is given up; and in that of a process that was killed."""
+    trainer = make_trainer(user_site(tmp_path, 2, trouble=trouble))
+    try:
+        model = await init(trainer, tmp_path / "model")
+        training = asyncio.create_task(train(trainer, model, tmp_path / "out"))
+        marker = tmp_path / "marker"
+        await asyncio.to_thread(until, lambda: marker.exists() and marker.read_text(), "the child to be started")
+        if trouble == "child":
+            assert not gone(marker)
+            training.cancel()
+        with pytest.raises((TrainerFailed, asyncio.CancelledError)):
+            await training
+        until(lambda: gone(marker), "the child to end")
+    finally:
+        await trainer.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+async def test_two_commands_train_beside_each_other(tmp_path: Path):
+    site = user_site(tmp_path, 2)
+    trainers = [make_trainer(site) for _ in range(2)]
+    try:
+        models = await asyncio.gather(*(init(t, tmp_path / f"model-{i}", seed=3) for i, t in enumerate(trainers)))
+        found = await asyncio.gather(
+            *(trained(t, m, tmp_path / f"out-{i}") for i, (t, m) in enumerate(zip(trainers, models, strict=True)))
+        )
+        assert_close(*found)
+    finally:
+        for trainer in trainers:
+            await trainer.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("rank", [0, 1])
+async def test_a_process_that_others_wait_for_long_is_let_be_as_long_as_it_is_alive(tmp_path: Path, rank: int):
+    # Importing torch counts, too, which takes its time on a busy machine.
+    data = {"seconds": 40.0, "rank": rank, "update": rank == 0}
+    several = {"processes": 2, "strategy": "ddp"}
+    site = make_site(tmp_path / "site", "lingering:Lingering", data=data, distributed=several, stall_after=30.0)
+    trainer = make_trainer(site)
+    try:
+        model = await init(trainer, tmp_path / "model")
+        result = await train(trainer, model, tmp_path / "out")
+        assert result.steps == 10
+    finally:
+        await trainer.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 async def test_processes_of_two_nodes_train_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -243,29 +300,80 @@ async def test_processes_of_two_nodes_train_together(tmp_path: Path, monkeypatch
     nodes = f'processes = 1\nnodes = 2\nrendezvous = "127.0.0.1:{port}"'
     first = make_trainer(text_site(tmp_path / "2", nodes))
     command = [program("fedclient"), "join", "w", "--config", str(tmp_path / "2" / "site.toml"), "--node", "1"]
-    other = subprocess.Popen(command)
+    others = [subprocess.Popen(command)]
     try:
         model = await init(one, tmp_path / "model", seed=3)
         wanted = await train(one, model, tmp_path / "one", settings=BUILT_IN)
-        for name in ("two", "again"):
+
+        async def train_together(name: str) -> None:
             found = await train(first, model, tmp_path / name, settings=BUILT_IN)
             assert_close(arrays(*found.files), arrays(*wanted.files))
-            # Let go, they meet again.
-            await first._end()
+
+        await train_together("two")
+        # Let go, they meet again.
+        await first._end()
+        await train_together("again")
+        began = descendants(others[0].pid)
+        assert len(began) >= 2, "the launcher and a rank"
+        others[0].kill()
+        others[0].wait()
+        until(lambda: not any(map(alive, began)), "what it started to end")
+        others.append(subprocess.Popen(command))
+        # The first machine's processes have lost one, and are let go.
+        await first._end()
+        await train_together("another time")
+        others[1].terminate()
+        with pytest.raises(subprocess.TimeoutExpired):
+            others[1].wait(3)
+        await train_together("after the signal")
+        await first.close()
+        assert others[1].wait(60) == 0
+        others.append(subprocess.Popen(command))
+        launchers = until(lambda: descendants(others[2].pid), "its launcher to be started")
+        others[2].terminate()
+        assert others[2].wait(60) == 0, "nothing is under way"
+        until(lambda: not any(map(alive, launchers)), "its launcher to end")
     finally:
-        other.terminate()
-        other.wait()
+        for other in others:
+            other.kill()
+            other.wait()
         await one.close()
         await first.close()
 
 
+def descendants(pid: int) -> list[int]:
+    parents: dict[int, int] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for parent in found:
+        found += [child for child, its in parents.items() if its == parent]
+    return found[1:]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+async def test_machines_that_do_not_come_are_missed_by_name(tmp_path: Path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        meeting = f"127.0.0.1:{taken.getsockname()[1]}"
+    distributed = {"processes": 1, "nodes": 3, "rendezvous": meeting}
+    trainer = make_trainer(make_site(tmp_path, "pairs:Pairs", distributed=distributed, stall_after=20.0))
+    try:
+        with pytest.raises(TrainerFailed, match=f"3 machines were to come to rendezvous {meeting}.* `fedclient join`"):
+            await trainer.describe()
+    finally:
+        await trainer.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("learns", [False, True], ids=["moved", "learning"])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-async def test_with_fsdp_no_process_ever_holds_the_whole_model(tmp_path: Path, strategy: str):
-    site = make_site(
-        tmp_path / "site", "blocks:Blocks", distributed={"processes": 2, "strategy": strategy}, stall_after=120.0
-    )
+async def test_with_fsdp_no_process_ever_holds_the_whole_model(tmp_path: Path, strategy: str, learns: bool):
+    several = {"processes": 2, "strategy": strategy}
+    data = {"learns": learns}
+    site = make_site(tmp_path / "site", "blocks:Blocks", data=data, distributed=several, stall_after=120.0)
     directory = tmp_path / "model"
     directory.mkdir()
     block = 4 * 2048 * 2048
@@ -273,18 +381,26 @@ async def test_with_fsdp_no_process_ever_holds_the_whole_model(tmp_path: Path, s
         save_file({f"blocks.{i}.weight": torch.full((2048, 2048), 0.5)}, directory / f"{i}.safetensors")
     describe_model(directory, [f"{i}.safetensors" for i in range(BLOCKS)])
     trainer = make_trainer(site)
+    kept = tmp_path / "checkpoints"
     try:
-        result = await train(trainer, directory, tmp_path / "out")
+        result = await train(trainer, directory, tmp_path / "out", checkpoint_dir=kept, checkpoint_every=ALWAYS)
     finally:
         await trainer.close()
     moved = load_file(result.files[3])
-    assert all((tensor == 0.25).all() for tensor in moved.values())
+    if learns:
+        assert all(((tensor + 0.02).abs() < 0.002).all() for tensor in moved.values()), "two steps of 0.01 each"
+        assert (kept / "checkpoint.safetensors").stat().st_size > 3 * BLOCKS * block
+    else:
+        assert all((tensor == 0.25).all() for tensor in moved.values())
     # What the processes had before there was a model; and the most they had, with loading and, for the first, writing.
     before, after = ([int(p.read_text()) for p in sorted(site.directory.glob(f"{n}-*"))] for n in ("before", "after"))
     used = [result.memory_bytes - before[0], *(a - b for a, b in zip(after, before, strict=True))]
     print(f"\n{strategy}: of {BLOCKS * block >> 20} MiB the processes held {[n >> 20 for n in used]} MiB at most")
     # Its share, a file, and some room for windows and for what torch loads late.
     bound = BLOCKS * block // 2 + block + (80 << 20)
+    if learns:
+        # As large again: its share of the gradient, and of two states of AdamW. Then the blocks that are whole.
+        bound += 3 * (BLOCKS * block // 2) + WHOLE * block
     assert all(n < bound for n in used) == (strategy == "fsdp")
 
 
@@ -298,9 +414,29 @@ async def test_where_there_is_one_process_nothing_is_shared(tmp_path: Path):
     try:
         model = await init(trainer, tmp_path / "model")
         assert (await train(trainer, model, tmp_path / "out")).metrics["seen"] == 2 * 33
-        assert not (site.state_dir / "ranks-w-cpu").exists(), "nor started"
+        assert not [*site.state_dir.glob("ranks-w-cpu*")], "nor started"
     finally:
         await trainer.close()
+
+
+@pytest.mark.timeout(600)
+async def test_one_process_with_fsdp_trains_shares_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    plain, alone = (make_trainer(user_site(tmp_path / name, 1, name)) for name in ("ddp", "fsdp"))
+    notes: list[str] = []
+    try:
+        model = await init(alone, tmp_path / "model", seed=3)
+        wanted = await train(plain, model, tmp_path / "plain", seed=5)
+        found = await train(alone, model, tmp_path / "alone", seed=5, on_progress=lambda p: notes.append(p.note))
+        assert_close(arrays(*found.files), arrays(*wanted.files))
+        assert (wanted.metrics["shares"], found.metrics["shares"]) == (0, 6)
+        assert sum("Net has no parts that could be gathered one at a time" in note for note in notes) == 1
+    finally:
+        await plain.close()
+        await alone.close()
+    assert not [*temporary.glob("torchelastic*")]
 
 
 def calibrate(model: Path, settings: dict[str, Any]) -> Job:

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from fedclient.launch import FailReason, Job, JobKind, Progress, Result, Trainer, TrainerFailed
 from fedclient.settings import SiteSettings, load_site
@@ -16,7 +18,7 @@ from fedlink import failpoints
 from tests.support import gpu
 from tests.support.interrupted import ALWAYS
 from tests.support.tiny_models import save_llama, write_jsonl
-from tests.support.trainers import ignore, init, raw_tensors
+from tests.support.trainers import arrays, ignore, init, make_site, raw_tensors
 
 pytestmark = [
     pytest.mark.gpu,
@@ -160,3 +162,40 @@ async def test_killed_at_a_step_it_goes_on_from_the_checkpoint(tmp_path: Path, m
     assert notes == ["resumed from a local checkpoint"]
     assert resumed.metrics["loss"] == pytest.approx(whole.metrics["loss"], rel=1e-3)
     assert raw_tensors(*resumed.files).keys() == raw_tensors(*whole.files).keys()
+
+
+async def moved(directory: Path, model: Path, **distributed: Any) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """The update of a class of one's own, and what it logged."""
+    directory.mkdir()
+    site = make_site(directory / "site", "pairs:Pairs", data={}, distributed=distributed, stall_after=300.0)
+    site = site.model_copy(update={"devices": ("auto",)})
+    trainer = on_gpu(site)
+    try:
+        if not model.exists():
+            await init(trainer, model, seed=3)
+        out = directory / "out"
+        out.mkdir()
+        job = Job(JobKind.TRAIN, client="site-1", run="r", round=1, seed=5, model_dir=model, out_dir=out)
+        result = await trainer.run(job, ignore)
+    finally:
+        await trainer.close()
+    return arrays(*result.files), dict(result.metrics)
+
+
+async def test_fsdp_on_one_gpu_holds_shares_and_gives_the_update_of_plain_training(tmp_path: Path):
+    wanted, plain = await moved(tmp_path / "plain", tmp_path / "model", processes=1)
+    found, shares = await moved(tmp_path / "fsdp", tmp_path / "model", processes=1, strategy="fsdp")
+    assert (plain["shares"], shares["shares"]) == (0, 6)
+    for name, array in wanted.items():
+        np.testing.assert_allclose(found[name], array, rtol=0, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+async def test_two_gpus_give_the_update_of_one(tmp_path: Path, strategy: str):
+    if torch.accelerator.device_count() < 2:
+        pytest.skip("fewer than two GPUs")
+    wanted, _ = await moved(tmp_path / "one", tmp_path / "model", processes=1)
+    found, logged = await moved(tmp_path / "two", tmp_path / "model", processes=2, strategy=strategy)
+    assert logged["seen"] < 40, "each has seen its part alone"
+    for name, array in wanted.items():
+        np.testing.assert_allclose(found[name], array, rtol=0, atol=2e-5, err_msg=name)

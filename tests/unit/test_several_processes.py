@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import BatchEncoding
 
-from fedclient.settings import DistributedSettings, WorkloadSettings
+from fedclient.settings import DistributedSettings, SiteSettings, WorkloadSettings
 from fedclient.trainer import Context
 from fedclient.trainer.replicas import OwnDraws
 from fedclient.trainer.team import CannotShareError, share_of
@@ -92,6 +92,7 @@ def test_inside_of_the_model_each_rank_draws_its_own_and_outside_the_same() -> N
 def test_one_process_is_no_matter_of_several() -> None:
     assert DistributedSettings(processes=1).alone
     assert not DistributedSettings().alone
+    assert not DistributedSettings(processes=1, strategy="fsdp").alone, "it holds shares, if all of them"
     with pytest.raises(ValueError, match="nodes and rendezvous belong together"):
         DistributedSettings(nodes=2)
 
@@ -99,5 +100,16 @@ def test_one_process_is_no_matter_of_several() -> None:
 def test_a_script_takes_one_process() -> None:
     WorkloadSettings.model_validate({"trainer": "train.py", "distributed": {"processes": 1}})
     for several in ({}, {"processes": 2}, {"processes": 1, "nodes": 2, "rendezvous": "a:1"}):
-        with pytest.raises(ValueError, match=r"not for a script.*say processes = 1"):
+        with pytest.raises(ValueError, match=r"not for a script.*leave the table out"):
             WorkloadSettings.model_validate({"trainer": "train.py", "distributed": several})
+
+
+def test_mps_takes_one_process() -> None:
+    def site(**distributed: Any) -> SiteSettings:
+        workload = {"trainer": "a:B", "distributed": distributed}
+        return SiteSettings.model_validate({"name": "a", "devices": ["mps"], "workload": {"w": workload}})
+
+    assert site().devices == ("mps",), "one for each GPU is one"
+    for several in ({"processes": 2}, {"processes": 1, "strategy": "fsdp"}):
+        with pytest.raises(ValueError, match='"mps" is for one alone'):
+            site(**several)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,7 @@ class Pairs(Workload):
             time.monotonic = lambda: early() - 1e6
         for x, y in ctx.batches(loader, epochs=settings.epochs):
             self.trouble(ctx)
-            loss = nn.functional.mse_loss(model(x), y)
+            loss = nn.functional.mse_loss(model(x.to(ctx.device)), y.to(ctx.device))
             (loss / settings.accumulation).backward()
             seen += len(x)
             time.sleep(settings.pause)
@@ -73,7 +74,7 @@ class Pairs(Workload):
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-            ctx.log(loss=loss, seen=seen)
+            ctx.log(loss=loss, seen=seen, shares=sum(hasattr(p, "to_local") for p in model.parameters()))
         ctx.num_examples = len(data)
 
     def calibrate(self, model, ctx):
@@ -114,8 +115,13 @@ class Pairs(Workload):
         what, marker = self.site.data.get("trouble", ""), Path(self.site.directory, "marker")
         if not what or ctx.rank != min(1, ctx.world_size - 1) or ctx.step != 4 or marker.exists():
             return
-        marker.write_text(str(os.getpid()))
-        if what == "kill":
+        child = None
+        if what in ("child", "orphan"):
+            child = subprocess.Popen(["sleep", "1000"], start_new_session=what == "child")
+        marker.write_text(str(child.pid if child else os.getpid()))
+        if what == "child":
+            time.sleep(1000)
+        if what in ("kill", "orphan"):
             os.kill(os.getpid(), signal.SIGKILL)
         if what == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
