@@ -60,6 +60,7 @@ _QUOTES_NOTHING = frozenset(
         "CannotPlaceError",
         "DataError",
         "LimitUncountedError",
+        "NothingFitsError",
         "PretrainedError",
     }
 )

@@ -419,6 +419,7 @@ async def test_where_there_is_one_process_nothing_is_shared(tmp_path: Path):
         await trainer.close()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 async def test_one_process_with_fsdp_trains_shares_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     temporary = tmp_path / "tmp"
