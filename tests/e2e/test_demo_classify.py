@@ -70,6 +70,6 @@ def test_it_learns_with_several_processes_and_with_a_measured_rate(tmp_path: Pat
         assert result["measured"] == {"learning_rate": alone["learning_rate"]}
     else:
         assert result["accuracy_federated"] > result["accuracy_local"]
-        assert len(list(tmp_path.glob("sites/site-*/fedclient-state/trainers/ranks-*"))) == len(NAMES), (
+        assert len(list(tmp_path.glob("sites/site-*/fedclient-state/trainers/ranks-*.0"))) == len(NAMES), (
             "each site started several"
         )
