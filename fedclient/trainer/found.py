@@ -101,8 +101,9 @@ class Found:
         for found in high:
             found[name] = most
         with contextlib.suppress(OSError):
-            write_table(self._path, entries)
-            return bool(high)
+            if high:
+                write_table(self._path, entries)
+                return True
         return False
 
     def _entries(self) -> list[dict[str, Any]]:
